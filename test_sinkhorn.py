@@ -1,0 +1,394 @@
+"""Tests of sinkhorn.py against things that know nothing of it: exact linear programmes, a textbook
+Sinkhorn in NumPy float64, finite differences and closed forms. Copied out with sinkhorn.py, they need
+torch, numpy, scipy and pytest; POT joins in where it is installed. CUDA is tested where there is one.
+"""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linprog
+from scipy.special import logsumexp
+
+from sinkhorn import entropic_ot, sinkhorn_divergence, sinkhorn_plan, sinkhorn_potentials
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+F64 = torch.float64
+
+
+def rng(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def rand(seed, *shape, dtype=F64):
+    return torch.rand(*shape, generator=rng(seed), dtype=dtype)
+
+
+def simplex(seed, *shape):
+    w = rand(seed, *shape) + 0.1
+    return w / w.sum(-1, keepdim=True)
+
+
+def linear_programme(C, a, b):
+    """min <C, P> over P >= 0 with P 1 = a, P^T 1 = b, exactly."""
+    n, m = C.shape
+    sums = np.vstack([np.kron(np.eye(n), np.ones(m)), np.kron(np.ones(n), np.eye(m))])
+    result = linprog(C.numpy().ravel(), A_eq=sums, b_eq=np.concatenate([a, b]), method="highs")
+    assert result.status == 0
+    return result.fun
+
+
+def reference(C, a, b, eps, tol=1e-9):
+    """Textbook log-domain Sinkhorn in NumPy float64: value and plan at a marginal error of tol."""
+    C, a, b = (np.asarray(t, dtype=np.float64) for t in (C, a, b))
+    g = np.zeros(len(b))
+    for _ in range(200_000):
+        f = -eps * logsumexp((g - C) / eps, b=b, axis=1)
+        g = -eps * logsumexp((f[:, None] - C) / eps, b=a[:, None], axis=0)
+        P = np.exp((f[:, None] + g - C) / eps) * a[:, None] * b
+        if np.abs(P.sum(1) - a).sum() < tol:
+            return a @ f + b @ g, P
+    raise AssertionError("the reference itself did not converge")
+
+
+def similarity_clouds(seed=0, n=128, k=30, classes=5):
+    """Rows of the k largest cosine similarities of two noisy views of n labelled points: the student's step."""
+    g = rng(seed)
+    centres = torch.randn(classes, 64, generator=g, dtype=F64)
+    centre = centres[torch.randint(classes, (n,), generator=g)] + torch.randn(n, 64, generator=g, dtype=F64)
+    views = [torch.nn.functional.normalize(centre + s * torch.randn(n, 64, generator=g, dtype=F64), dim=1) for s in (0.5, 1)]
+    S, T = (v @ v.T for v in views)
+    columns = S.topk(k, dim=1).indices
+    return S.gather(1, columns), T.gather(1, columns)
+
+
+def unit_clouds(seed=1, n=128, d=30):
+    """Two clouds in a box of diameter 1."""
+    return rand(seed, n, d) / math.sqrt(d), rand(seed + 100, n, d) / math.sqrt(d)
+
+
+def squared_cost(x, y):
+    return ((x[:, None] - y[None]) ** 2).sum(-1) / 2
+
+
+# ---- values, against the exact and the float64 ------------------------------------------------------
+
+
+@pytest.mark.parametrize("n, m", [(1, 1), (7, 7), (5, 11), (12, 3)])
+def test_goes_to_the_linear_programme_as_eps_goes_to_zero(n, m):
+    C, a, b = rand(1, n, m), simplex(2, n), simplex(3, m)
+    exact = linear_programme(C, a, b)
+    values = [float(entropic_ot(C, a, b, eps=eps, tol=1e-7, max_iter=50_000)) for eps in (1, 0.1, 0.01, 0.001)]
+    assert values == sorted(values, reverse=True)
+    for eps, value in zip((1, 0.1, 0.01, 0.001), values):
+        # KL(P | a b^T) is a mutual information: between 0 and the smaller of the two entropies.
+        entropy = min(float(-(w * w.log()).sum()) for w in (a, b))
+        assert -1e-6 <= value - exact <= eps * entropy + 1e-6
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("eps", [1, 0.1, 0.01])
+@pytest.mark.parametrize("clouds", [similarity_clouds, unit_clouds])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_divergence_and_gradient_against_float64_run_to_1e_9(clouds, eps, dtype, device):
+    x, y = (t.to(dtype) for t in clouds())
+    x64, y64, w = x.double().numpy(), y.double().numpy(), np.full(len(x), 1 / len(x))
+
+    def ot(s, t):
+        value, P = reference(squared_cost(torch.tensor(s), torch.tensor(t)), w, w, eps)
+        return value, P.sum(1)[:, None] * s - P @ t, P.sum(0)[:, None] * t - P.T @ s
+
+    (xy, xy_x, xy_y), (xx, xx_x, xx_y), (yy, yy_x, yy_y) = ot(x64, y64), ot(x64, x64), ot(y64, y64)
+    for debias in (False, True):
+        want = (xy - (xx + yy) / 2, xy_x - (xx_x + xx_y) / 2, xy_y - (yy_x + yy_y) / 2) if debias else (xy, xy_x, xy_y)
+        p, q = x.to(device, copy=True).requires_grad_(), y.to(device, copy=True).requires_grad_()
+        value = sinkhorn_divergence(p, q, eps=eps, debias=debias)
+        value.backward()
+        assert value.dtype == dtype and p.grad.dtype == dtype
+        assert abs(value.item() - want[0]) <= 1e-5 * abs(want[0])
+        for got, grad in zip((p.grad, q.grad), want[1:]):
+            assert np.linalg.norm(got.double().cpu().numpy() - grad) <= 1e-4 * np.linalg.norm(grad)
+
+
+def test_hard_problem_against_float64():
+    """Small eps, where the plain iteration needs thousands of sweeps and float32 rounds the cost."""
+    x, y = unit_clouds()
+    C = squared_cost(x, y) * 30
+    w = np.full(len(x), 1 / len(x))
+    value, P = reference(C, w, w, eps=0.05, tol=1e-6)
+    for dtype in (torch.float32, F64):
+        got = sinkhorn_potentials(C.to(dtype), eps=0.05, tol=1e-5)
+        assert bool(got.converged) and got.n_iter <= 300
+        plan = sinkhorn_plan(C.to(dtype), eps=0.05, tol=1e-5)
+        assert abs(float(entropic_ot(C.to(dtype), eps=0.05)) - value) <= 1e-6 * abs(value)
+        assert np.linalg.norm(plan.double().numpy() - P) <= 1e-3 * np.linalg.norm(P)
+
+
+def test_against_pot():
+    ot = pytest.importorskip("ot")
+    C, a, b = rand(5, 20, 30), simplex(6, 20), simplex(7, 30)
+    P = ot.bregman.sinkhorn_log(a.numpy(), b.numpy(), C.numpy(), 0.05, stopThr=1e-12, numItermax=20_000)
+    assert np.abs(sinkhorn_plan(C, a, b, eps=0.05, tol=1e-10).numpy() - P).max() < 1e-9
+
+
+# ---- closed forms -----------------------------------------------------------------------------------
+
+
+def test_one_point_has_no_choice():
+    C, b = rand(1, 1, 6), simplex(2, 6)
+    for eps in (1e-3, 1, 10):
+        torch.testing.assert_close(entropic_ot(C, None, b, eps=eps), (C[0] * b).sum())
+        torch.testing.assert_close(sinkhorn_plan(C, None, b, eps=eps), b[None])
+
+
+def test_two_by_two_closed_form():
+    c, eps = 0.7, 0.2
+    stay = 0.5 / (1 + math.exp(-c / eps))
+    move = 0.5 - stay
+    C = torch.tensor([[0, c], [c, 0]], dtype=F64)
+    plan = sinkhorn_plan(C, eps=eps, tol=1e-12)
+    torch.testing.assert_close(plan, torch.tensor([[stay, move], [move, stay]], dtype=F64))
+    value = 2 * move * c + eps * 2 * (stay * math.log(4 * stay) + move * math.log(4 * move))
+    assert abs(float(entropic_ot(C, eps=eps, tol=1e-12)) - value) < 1e-12
+
+
+def test_eps_to_infinity_is_the_independent_coupling():
+    C, a, b = rand(1, 6, 9), simplex(2, 6), simplex(3, 9)
+    torch.testing.assert_close(sinkhorn_plan(C, a, b, eps=1e6), a[:, None] * b, rtol=1e-5, atol=0)
+    torch.testing.assert_close(entropic_ot(C, a, b, eps=1e6), (C * a[:, None] * b).sum(), rtol=1e-5, atol=0)
+
+
+def test_on_the_line_small_eps_sorts():
+    x, y = rand(1, 9, 1), rand(2, 9, 1)
+    gap = x.flatten().sort().values - y.flatten().sort().values
+    got = [sinkhorn_divergence(x, y, p=p, eps=1e-4, debias=False, tol=1e-6, max_iter=100_000) for p in (1, 2)]
+    assert abs(float(got[0] - gap.abs().mean())) < 1e-3
+    assert abs(float(got[1] - (gap**2).mean() / 2)) < 1e-3
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_divergence_of_equal_clouds_is_zero_with_zero_gradient(p):
+    x = rand(1, 20, 3).requires_grad_()
+    y = x.detach()[torch.randperm(20, generator=rng(2))]
+    for other in (x.detach(), y):
+        value = sinkhorn_divergence(x, other, p=p, eps=0.05, tol=1e-10, max_iter=10_000)
+        (grad,) = torch.autograd.grad(value, x)
+        assert abs(value.item()) < 1e-12 and float(grad.abs().max()) < 1e-8
+
+
+def test_divergence_is_positive_and_symmetric():
+    x, y, a, b = rand(1, 15, 4), rand(2, 22, 4) + 0.3, simplex(3, 15), simplex(4, 22)
+    for p in (1, 2):
+        there = sinkhorn_divergence(x, y, a, b, p=p, eps=0.1, tol=1e-9)
+        torch.testing.assert_close(there, sinkhorn_divergence(y, x, b, a, p=p, eps=0.1, tol=1e-9))
+        assert float(there) > 0.01
+
+
+# ---- the laws of the problem ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("eps", [1e-3, 1e-2, 0.1, 1, 10])
+def test_marginals_and_reported_error(eps, dtype, device):
+    C = rand(1, 3, 17, 25).to(device, dtype)
+    a, b = simplex(2, 3, 17).to(device, dtype), simplex(3, 25).to(device, dtype)
+    got = sinkhorn_potentials(C, a, b, eps=eps, max_iter=20_000)
+    assert got.f.shape == (3, 17) and got.g.shape == (3, 25) and got.error.shape == got.converged.shape == (3,)
+    assert bool(got.converged.all()) and float(got.error.max()) <= 1e-4
+    # The error recomputed in float64 from what was returned is the error that was reported.
+    f, g, C64, a64, b64 = (t.double() for t in (got.f, got.g, C, a, b.expand(3, 25)))
+    P = ((f.unsqueeze(-1) + g.unsqueeze(-2) - C64) / eps).exp() * a64.unsqueeze(-1) * b64.unsqueeze(-2)
+    error = (P.sum(-1) - a64).abs().sum(-1) + (P.sum(-2) - b64).abs().sum(-1)
+    rounding = 0 if dtype == F64 else 1e-6 / min(eps, 1)
+    assert float((error - got.error.double()).abs().max()) <= 1e-9 + rounding * 1e-1
+    plan = sinkhorn_plan(C, a, b, eps=eps, max_iter=20_000)
+    torch.testing.assert_close(plan, P.to(dtype), rtol=1e-3, atol=1e-7)
+
+
+def test_value_is_primal_and_dual():
+    C, a, b, eps = rand(1, 8, 12), simplex(2, 8), simplex(3, 12), 0.05
+    P = sinkhorn_plan(C, a, b, eps=eps, tol=1e-11)
+    primal = (P * C).sum() + eps * (P * (P / (a[:, None] * b)).log()).sum()
+    potentials = sinkhorn_potentials(C, a, b, eps=eps, tol=1e-11)
+    dual = (a * potentials.f).sum() + (b * potentials.g).sum()
+    value = entropic_ot(C, a, b, eps=eps, tol=1e-11)
+    torch.testing.assert_close(value, primal)
+    torch.testing.assert_close(value, dual)
+    torch.testing.assert_close((a * potentials.f).sum(), (b * potentials.g).sum())  # the gauge promised
+
+
+def test_batch_equals_loop_and_any_leading_dimensions():
+    C, a, b = rand(1, 2, 3, 6, 9), simplex(2, 2, 3, 6), simplex(3, 9)
+    together = entropic_ot(C, a, b, eps=0.1, tol=1e-10)
+    plans = sinkhorn_plan(C, a, b, eps=0.1, tol=1e-10)
+    assert together.shape == (2, 3) and plans.shape == C.shape
+    for i in range(2):
+        for j in range(3):
+            torch.testing.assert_close(together[i, j], entropic_ot(C[i, j], a[i, j], b, eps=0.1, tol=1e-10))
+            torch.testing.assert_close(plans[i, j], sinkhorn_plan(C[i, j], a[i, j], b, eps=0.1, tol=1e-10))
+    x, y = rand(4, 3, 5, 2), rand(5, 7, 2)  # one cloud against a batch
+    many = sinkhorn_divergence(x, y, eps=0.1, tol=1e-10)
+    for i in range(3):
+        torch.testing.assert_close(many[i], sinkhorn_divergence(x[i], y, eps=0.1, tol=1e-10))
+
+
+def test_shift_and_scale_laws():
+    C, a, b, eps = rand(1, 8, 12), simplex(2, 8), simplex(3, 12), 0.05
+    value, plan = entropic_ot(C, a, b, eps=eps, tol=1e-10), sinkhorn_plan(C, a, b, eps=eps, tol=1e-10)
+    rows, columns = rand(4, 8) * 5, rand(5, 12) * -3
+    shifted = C + rows[:, None] + columns
+    torch.testing.assert_close(
+        entropic_ot(shifted, a, b, eps=eps, tol=1e-10), value + (a * rows).sum() + (b * columns).sum()
+    )
+    torch.testing.assert_close(sinkhorn_plan(shifted, a, b, eps=eps, tol=1e-10), plan)
+    for scale in (1e-4, 30, 1e4):
+        torch.testing.assert_close(entropic_ot(scale * C, a, b, eps=scale * eps, tol=1e-10), scale * value)
+    torch.testing.assert_close(sinkhorn_plan(C, 7 * a, 7 * b, eps=eps, tol=1e-10), 7 * plan)
+    mirrored = sinkhorn_potentials(C.T, b, a, eps=eps, tol=1e-11)
+    torch.testing.assert_close(mirrored.g, sinkhorn_potentials(C, a, b, eps=eps, tol=1e-11).f, rtol=0, atol=1e-9)
+
+
+def test_zero_weights_carry_nothing():
+    C, a, b = rand(1, 6, 7), simplex(2, 6), simplex(3, 7)
+    a[[0, 3]], b[6] = 0, 0
+    a, b = a / a.sum(), b / b.sum()
+    keep_a, keep_b = a > 0, b > 0
+    small = entropic_ot(C[keep_a][:, keep_b], a[keep_a], b[keep_b], eps=0.02, tol=1e-9)
+    C.requires_grad_()
+    value = entropic_ot(C, a, b, eps=0.02, tol=1e-9)
+    value.backward()
+    torch.testing.assert_close(value, small)
+    potentials = sinkhorn_potentials(C, a, b, eps=0.02, tol=1e-9)
+    assert bool(potentials.f.isfinite().all() and potentials.g.isfinite().all() and potentials.converged)
+    assert float(C.grad[~keep_a].abs().max()) == 0 and float(C.grad[:, ~keep_b].abs().max()) == 0
+    torch.testing.assert_close(C.grad, sinkhorn_plan(C, a, b, eps=0.02, tol=1e-9))
+
+
+def test_coincident_and_single_points():
+    for p in (1, 2):
+        for x, y in ((torch.ones(5, 3), torch.ones(4, 3)), (torch.zeros(1, 2), torch.ones(1, 2)), (rand(1, 6, 2), rand(1, 6, 2))):
+            x = x.clone().requires_grad_()
+            for debias in (False, True):
+                value = sinkhorn_divergence(x, y, p=p, eps=0.1, debias=debias)
+                (grad,) = torch.autograd.grad(value, x)
+                assert math.isfinite(value.item()) and bool(grad.isfinite().all())
+    assert abs(float(sinkhorn_divergence(torch.zeros(1, 2), torch.ones(1, 2), p=1)) - math.sqrt(2)) < 1e-6
+
+
+# ---- gradients --------------------------------------------------------------------------------------
+
+
+def test_gradcheck_cost_and_weights():
+    C, s, t = rand(1, 2, 4, 5), rand(2, 2, 4), rand(3, 5)
+    for tensor in (C, s, t):
+        tensor.requires_grad_()
+
+    def value(C, s, t):
+        return entropic_ot(C, s.softmax(-1), t.softmax(-1), eps=0.1, tol=1e-12, max_iter=100_000)
+
+    assert torch.autograd.gradcheck(value, (C, s, t))
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("debias", [True, False])
+def test_gradcheck_points(p, debias):
+    x, y, s = rand(1, 5, 2).requires_grad_(), rand(2, 4, 2).requires_grad_(), rand(3, 5).requires_grad_()
+
+    def value(x, y, s):
+        return sinkhorn_divergence(x, y, s.softmax(-1), p=p, eps=0.1, debias=debias, tol=1e-12, max_iter=100_000)
+
+    assert torch.autograd.gradcheck(value, (x, y, s))
+
+
+def test_second_derivatives_are_refused():
+    C = rand(1, 4, 4).requires_grad_()
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(entropic_ot(C, eps=0.1), C, create_graph=True)
+
+
+# ---- kinds of tensors, bad input, no convergence ----------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types_are_computed_in_float32(dtype):
+    x, y = rand(1, 10, 3).to(dtype), rand(2, 12, 3).to(dtype)
+    torch.testing.assert_close(sinkhorn_divergence(x, y, eps=0.1), sinkhorn_divergence(x.float(), y.float(), eps=0.1))
+    x.requires_grad_()
+    sinkhorn_divergence(x, y, eps=0.1).backward()
+    assert x.grad.dtype == dtype and bool(x.grad.isfinite().all())
+    weight = simplex(3, 10).to(dtype)
+    assert sinkhorn_plan(rand(4, 10, 12).to(dtype), weight, eps=0.1).dtype == torch.float32
+
+
+def test_strided_input_and_no_grad_and_autocast():
+    C = rand(1, 9, 6, dtype=torch.float32)
+    want = sinkhorn_plan(C.T.contiguous(), eps=0.05)
+    torch.testing.assert_close(sinkhorn_plan(C.T, eps=0.05), want)
+    x, y = rand(2, 9, 3, dtype=torch.float32), rand(3, 9, 3, dtype=torch.float32)
+    value = sinkhorn_divergence(x, y, eps=0.05)
+    for context in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16)):
+        with context:
+            torch.testing.assert_close(sinkhorn_divergence(x, y, eps=0.05), value)
+
+
+def test_not_converging_warns_once_with_the_error_and_without_nan():
+    C = rand(1, 2, 30, 30)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        got = sinkhorn_potentials(C, eps=1e-4, max_iter=5)
+    assert len(caught) == 1 and caught[0].category is RuntimeWarning and caught[0].filename == __file__
+    assert not bool(got.converged.any()) and got.n_iter == 5
+    assert f"{float(got.error.max()):.0e}" in str(caught[0].message)
+    assert bool(got.f.isfinite().all() and got.g.isfinite().all() and got.error.isfinite().all())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        value = sinkhorn_divergence(rand(2, 30, 3), rand(3, 30, 3), eps=1e-5, max_iter=1)
+    assert len(caught) == 1 and math.isfinite(float(value))
+
+
+C34 = torch.ones(3, 4)
+BAD = [
+    (dict(C=torch.ones(3)), "C must be non-empty"),
+    (dict(C=torch.ones(0, 4)), "C must be non-empty"),
+    (dict(C=np.ones((3, 4))), "C must be a floating point torch tensor"),
+    (dict(C=torch.ones(3, 4, dtype=torch.long)), "C must be a floating point torch tensor"),
+    (dict(C=torch.tensor([[1, math.nan]])), "C holds NaN or infinite"),
+    (dict(C=torch.tensor([[1, math.inf]])), "C holds NaN or infinite"),
+    (dict(C=C34, a=torch.ones(4) / 4), "a has shape"),
+    (dict(C=C34, a=torch.ones(1)), "a has shape"),
+    (dict(C=C34, b=torch.ones(2, 4) / 4), "b has shape"),
+    (dict(C=C34.expand(5, 3, 4), b=torch.ones(2, 4) / 4), "b has shape"),
+    (dict(C=C34, a=torch.tensor([0.5, 1, -0.5])), "a must be >= 0"),
+    (dict(C=C34, b=torch.zeros(4)), "b must be >= 0 with a positive total"),
+    (dict(C=C34, b=torch.tensor([0.5, 0.5, math.nan, 0])), "b holds NaN"),
+    (dict(C=C34, a=torch.ones(3)), "equal total mass, not 3 and 1"),
+    (dict(C=C34, eps=0), "eps must be positive"),
+    (dict(C=C34, eps=-1), "eps must be positive"),
+    (dict(C=C34, eps=math.nan), "eps must be positive"),
+    (dict(C=C34, eps=1e-42), "eps = 1e-42 is too small"),
+    (dict(C=C34, tol=-1), "tol must be >= 0"),
+    (dict(C=C34, max_iter=0), "max_iter >= 1"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", BAD)
+def test_bad_input_is_named(arguments, message):
+    for function in (sinkhorn_potentials, sinkhorn_plan, entropic_ot):
+        with pytest.raises(ValueError, match=message):
+            function(**arguments)
+
+
+def test_bad_clouds_are_named():
+    x = torch.ones(3, 2)
+    for arguments, message in [
+        ((x, torch.ones(3, 4)), "points of one dimension"),
+        ((x, torch.ones(3)), "y must be non-empty"),
+        ((x, x * math.inf), "y holds NaN or infinite"),
+        ((x, x, torch.ones(2) / 2), "a has shape"),
+        ((x, x, None, None, 3), "p must be 1 or 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            sinkhorn_divergence(*arguments)
