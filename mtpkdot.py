@@ -1,0 +1,167 @@
+"""The method: what MT-PKDOT compares, which teacher it follows, and what it minimises.
+
+Plain functions of tensors, in the order in which the three stages need them. B clips in a batch,
+D numbers in an embedding, K outputs. z_j is the joint teacher's embedding, z_t that of the teacher
+chosen for the batch, z_s the student's; S(z) is the B x B matrix of cosine similarities of the rows of z.
+
+    stage 1, teachers   task_loss (ccc, cross-entropy)     tnet_loss (mmd)
+    stage 2, align      alignment_loss                     align_stage_loss
+    stage 3, student    choose_teacher   similarity   anchors   ot_loss   centroid_loss   student_loss
+    baselines           pkdot_loss       feature_loss
+
+Each docstring names its source: the paper's abstract, the authors' released code, or our choice.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from sinkhorn import sinkhorn_divergence
+
+# The order breaks ties: the joint teacher is the one to fall back on.
+TEACHERS = ("joint", "adapted_visual", "adapted_privileged")
+
+
+# ---- stage 1: the task, and T-Net -------------------------------------------------------------------
+
+
+def ccc(prediction, label):
+    """Lin's concordance correlation coefficient of each column, (N, K) and (N, K) -> (K,) in [-1, 1].
+
+    2 cov / (var + var + (difference of means)^2), with population moments; 0 where both columns are
+    constant, as there is nothing to agree about. Source: the field's metric for valence and arousal.
+    """
+    p, y = prediction - prediction.mean(0), label - label.mean(0)
+    gap = prediction.mean(0) - label.mean(0)
+    spread = (p**2).mean(0) + (y**2).mean(0) + gap**2
+    return 2 * (p * y).mean(0) / spread.clamp_min(torch.finfo(spread.dtype).tiny)
+
+
+def task_loss(prediction, label):
+    """Loss of the task itself, a scalar. Source: released code.
+
+    Integer labels (B,): cross-entropy of logits (B, K). Float labels (B, K): 1 - CCC, mean of the columns.
+    """
+    if label.dtype.is_floating_point:
+        return 1 - ccc(prediction, label).mean()
+    return F.cross_entropy(prediction, label)
+
+
+def mmd(x, y, kernels=5):
+    """Squared maximum mean discrepancy of two samples (B, D), biased (>= 0), with several Gaussian kernels.
+
+    Bandwidths double from one kernel to the next and are centred on the mean squared distance of the
+    pooled sample. Source: released code.
+    """
+    z = torch.cat([x, y])
+    squared = ((z.unsqueeze(0) - z.unsqueeze(1)) ** 2).sum(-1)
+    bandwidth = squared.detach().sum() / (len(z) ** 2 - len(z))
+    bandwidth = bandwidth.clamp_min(torch.finfo(z.dtype).tiny)
+    kernel = sum(torch.exp(-squared / (bandwidth * 2.0 ** (i - kernels // 2))) for i in range(kernels))
+    n = len(x)
+    return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()
+
+
+def tnet_loss(hallucinated, z_p, kind="mse"):
+    """Distance of T-Net's output to the privileged embedding, (B, D) each; kind is "mse" or "mmd".
+
+    Source: released code has both. MMD compares two clouds and forgets which row belongs to which, MSE
+    compares row with row.
+    """
+    return F.mse_loss(hallucinated, z_p) if kind == "mse" else mmd(hallucinated, z_p)
+
+
+# ---- stage 2: alignment -----------------------------------------------------------------------------
+
+
+def cosine_distance(x, y):
+    """1 - cosine of each pair of rows, averaged; (B, D) and (B, D) -> scalar in [0, 2]."""
+    return (1 - F.cosine_similarity(x, y, dim=-1)).mean()
+
+
+def alignment_loss(adapted_visual, adapted_privileged, z_j):
+    """Cosine distance of both adapted embeddings to the joint one; gradients flow into z_j too. Source: released code."""
+    return cosine_distance(adapted_visual, z_j) + cosine_distance(adapted_privileged, z_j)
+
+
+def align_stage_loss(align, task_joint, task_visual, task_privileged, w_align=0.5, w_head=0.5):
+    """w_align * align + (1 - w_align) * (task of the joint + w_head * (tasks of both adapted heads)).
+
+    Source: released code, where both weights are 0.5.
+    """
+    return w_align * align + (1 - w_align) * (task_joint + w_head * (task_visual + task_privileged))
+
+
+# ---- stage 3: the student ---------------------------------------------------------------------------
+
+
+def choose_teacher(losses):
+    """Index (a tensor, so that the device need not stop) of the teacher of least task loss on the batch.
+
+    losses (n,), one a teacher in the order of TEACHERS; of equal ones the first, the joint teacher, wins.
+    Falling back on the joint teacher is what avoids negative transfer. Source: abstract; per batch as in
+    the released code.
+    """
+    return losses.argmin()
+
+
+def similarity(z):
+    """S(z): cosine similarity of every pair of rows, (B, D) -> (B, B) in [-1, 1]; a zero row is similar to none."""
+    z = F.normalize(z.float() if z.dtype in (torch.float16, torch.bfloat16) else z, dim=-1)
+    return z @ z.T
+
+
+def anchors(S_t, k=30, which="most"):
+    """For every row the columns of the k most (or "least") similar clips, by the teacher: (B, B) -> (B, k).
+
+    In order of similarity; a batch smaller than k gives all its columns. Source: PKDOT's abstract speaks of
+    top-k anchors that capture local structure, which reads as "most"; the released code takes "least".
+    """
+    if which not in ("most", "least"):
+        raise ValueError(f'which must be "most" or "least", not {which!r}')
+    return S_t.topk(min(k, S_t.shape[1]), dim=1, largest=which == "most").indices
+
+
+def ot_loss(S_t, S_s, k=30, which="most", eps=0.01, debias=True, tol=1e-3, max_iter=300):
+    """Entropic optimal transport between the rows of the teacher's and the student's anchor similarities.
+
+    Each matrix (B, B) is shifted to be non-negative by its own minimum; the teacher's anchors are gathered
+    from both, (B, k) each; then OT with uniform weights and cost |x - y|^2 / 2 gives a scalar. debias
+    subtracts the two self-transports. Source: released code (debiased); the paper states entropic OT.
+    tol and max_iter are ours: a training step needs no more.
+    """
+    columns = anchors(S_t, k, which)
+    rows_t, rows_s = ((S - S.min()).gather(1, columns) for S in (S_t, S_s))
+    return sinkhorn_divergence(rows_t, rows_s, p=2, eps=eps, debias=debias, tol=tol, max_iter=max_iter)
+
+
+def centroid_loss(S_t, S_s):
+    """|| mean over rows of S_t - mean over rows of S_s ||_2 on the full, unshifted matrices. Source: released code."""
+    return torch.linalg.vector_norm(S_t.mean(0) - S_s.mean(0))
+
+
+def student_loss(prediction, label, z_s, z_t, w_task=0.8, w_ot=0.2, w_centroid=0.2, **ot):
+    """The student's loss: w_task * task + w_ot * OT + w_centroid * centroid. Source: released code.
+
+    prediction (B, K) and z_s (B, D) are the student's, z_t (B, D) the chosen teacher's, without gradient;
+    further arguments go to ot_loss. Returns a dict of scalars: "loss", and the unweighted "task", "ot",
+    "centroid".
+    """
+    S_t, S_s = similarity(z_t.detach()), similarity(z_s)
+    terms = {"task": task_loss(prediction, label), "ot": ot_loss(S_t, S_s, **ot), "centroid": centroid_loss(S_t, S_s)}
+    return {"loss": w_task * terms["task"] + w_ot * terms["ot"] + w_centroid * terms["centroid"], **terms}
+
+
+# ---- the methods it is compared with ----------------------------------------------------------------
+
+
+def pkdot_loss(prediction, label, z_s, z_j, w_ot=0.6, **ot):
+    """PKDOT, the single-teacher ancestor: task + w_ot * OT to the joint teacher, always. Source: released code."""
+    task, transport = task_loss(prediction, label), ot_loss(similarity(z_j.detach()), similarity(z_s), **ot)
+    return {"loss": task + w_ot * transport, "task": task, "ot": transport}
+
+
+def feature_loss(prediction, label, z_s, z_j, kind, w_feature=1.0):
+    """Plain feature distillation: task + w_feature * distance of z_s to z_j, kind "mse" or "cosine". Source: ours."""
+    task = task_loss(prediction, label)
+    distance = F.mse_loss(z_s, z_j.detach()) if kind == "mse" else cosine_distance(z_s, z_j.detach())
+    return {"loss": task + w_feature * distance, "task": task, "feature": distance}
