@@ -5,6 +5,7 @@
     Adapter   single-modality embedding -> the space of the joint embedding
     TNet      visual embedding -> hallucinated privileged embedding
     Fusion    two sequences of embeddings -> joint embedding and prediction
+    Teachers  both embeddings -> the three teachers a student may follow
     Student   visual input -> prediction: all that is left at test time
 
 B batch, T steps of a sequence, D = 512 embedding size, K outputs (classes or regressed values).
@@ -110,6 +111,27 @@ class Fusion(nn.Module):
         g = self.gate(torch.cat([c_v, c_p], dim=-1)).sigmoid()
         z = (g * c_v + (1 - g) * c_p).mean(dim=1)
         return z, self.head(z)
+
+
+class Teachers(nn.Module):
+    """The joint teacher and both single-modality teachers, adapted to it. Source: released code.
+
+    z_v, z_p (B, D) -> {name: (embedding (B, D), prediction (B, K))} for joint, adapted_visual, adapted_privileged.
+    """
+
+    def __init__(self, dim, outputs):
+        super().__init__()
+        self.joint = Fusion(dim, outputs)
+        self.adapters = nn.ModuleDict({view: Adapter(dim) for view in ("visual", "privileged")})
+        self.heads = nn.ModuleDict({view: Head(dim, outputs) for view in ("visual", "privileged")})
+
+    def forward(self, z_v, z_p):
+        a_v, a_p = self.adapters["visual"](z_v), self.adapters["privileged"](z_p)
+        return {
+            "joint": self.joint(z_v.unsqueeze(1), z_p.unsqueeze(1)),
+            "adapted_visual": (a_v, self.heads["visual"](a_v)),
+            "adapted_privileged": (a_p, self.heads["privileged"](a_p)),
+        }
 
 
 class Student(nn.Module):

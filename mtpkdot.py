@@ -79,7 +79,10 @@ def cosine_distance(x, y):
 
 
 def alignment_loss(adapted_visual, adapted_privileged, z_j):
-    """Cosine distance of both adapted embeddings to the joint one; gradients flow into z_j too. Source: released code."""
+    """Cosine distance of both adapted embeddings to the joint one, (B, D) each; gradients reach z_j too.
+
+    Source: released code.
+    """
     return cosine_distance(adapted_visual, z_j) + cosine_distance(adapted_privileged, z_j)
 
 

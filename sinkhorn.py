@@ -262,7 +262,7 @@ def _check_tensor(name, t, least_dim, device=None):
     if not isinstance(t, Tensor) or not t.dtype.is_floating_point:
         raise ValueError(f"{name} must be a floating point torch tensor, not {getattr(t, 'dtype', type(t).__name__)}")
     if t.dim() < least_dim or t.numel() == 0:
-        raise ValueError(f"{name} must be non-empty with at least {least_dim} dimensions, not of shape {tuple(t.shape)}")
+        raise ValueError(f"{name} must be non-empty, in {least_dim} dimensions or more, not of shape {tuple(t.shape)}")
     if device is not None and t.device != device:
         raise ValueError(f"{name} is on {t.device}, the other arguments on {device}")
     if not bool(t.isfinite().all()):

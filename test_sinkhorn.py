@@ -58,8 +58,8 @@ def similarity_clouds(seed=0, n=128, k=30, classes=5):
     g = rng(seed)
     centres = torch.randn(classes, 64, generator=g, dtype=F64)
     centre = centres[torch.randint(classes, (n,), generator=g)] + torch.randn(n, 64, generator=g, dtype=F64)
-    views = [torch.nn.functional.normalize(centre + s * torch.randn(n, 64, generator=g, dtype=F64), dim=1) for s in (0.5, 1)]
-    S, T = (v @ v.T for v in views)
+    views = [centre + scale * torch.randn(n, 64, generator=g, dtype=F64) for scale in (0.5, 1)]
+    S, T = (torch.nn.functional.normalize(view, dim=1) @ torch.nn.functional.normalize(view, dim=1).T for view in views)
     columns = S.topk(k, dim=1).indices
     return S.gather(1, columns), T.gather(1, columns)
 
@@ -268,8 +268,9 @@ def test_zero_weights_carry_nothing():
 
 
 def test_coincident_and_single_points():
+    ones, one, some = (torch.ones(5, 3), torch.ones(4, 3)), (torch.zeros(1, 2), torch.ones(1, 2)), (rand(1, 6, 2),) * 2
     for p in (1, 2):
-        for x, y in ((torch.ones(5, 3), torch.ones(4, 3)), (torch.zeros(1, 2), torch.ones(1, 2)), (rand(1, 6, 2), rand(1, 6, 2))):
+        for x, y in (ones, one, some):
             x = x.clone().requires_grad_()
             for debias in (False, True):
                 value = sinkhorn_divergence(x, y, p=p, eps=0.1, debias=debias)

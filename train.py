@@ -1,18 +1,19 @@
 """Train MT-PKDOT: teachers, alignment, student. `python train.py --help` lists the options.
 
 Reading order:
-    options and small helpers
+    options             what can be set; the defaults are the method's
+    files and scores    small helpers
     fit                 the one training loop: every network below goes through it
     teachers            stage 1: both backbones, the joint teacher, T-Net
     align               stage 2: adapters and heads, self-distilled with the joint teacher
     student             stage 3: one student a method, on frozen embeddings
     evaluate            a saved student on visual input alone
-    collect, table      from the saved stages to results.json, history.csv and the printed table
+    collect, show       from the saved stages to results.json, history.csv and the printed table
     main
 
-Each stage saves one file a fold to --out, holding weights, scores and history, and starts from the files of
-the stages before it. results.json and history.csv are only ever computed from these files. Every file
-carries a key of what it was made from, so that a student is never reported beside teachers it did not have.
+Each stage saves a file a fold to --out, with weights, scores and history, and starts from the files of the
+stages before it. results.json and history.csv are only ever computed from these files. Every file carries a
+key of what it was made from, so that a student is never reported beside teachers it did not have.
 """
 
 import argparse
@@ -34,28 +35,41 @@ from tqdm import tqdm
 
 import mtpkdot
 from data import digest, folds, load
-from models import DIM, Adapter, Encoder, Fusion, Head, Student, TNet
+from models import DIM, Encoder, Fusion, Head, Student, Teachers, TNet
 
+VIEWS = ("visual", "privileged")
 METHODS = ("mtpkdot", "pkdot", "mse", "cosine", "task")
-STAGES = ("teachers", "align", "student")
-CHUNK = 4096  # rows a forward pass takes where nothing is trained
+CHUNK = 4096  # rows of a forward pass where nothing is trained
+
+EPOCHS = {"backbone": 30, "joint": 20, "tnet": 30, "align": 10, "student": 10, "pkdot": 20}
+RATES = {"backbone": 1e-3, "joint": 1e-4, "tnet": 5e-5, "adapter": 5e-3, "fusion": 1e-4, "student": 5e-4, "pkdot": 1e-4}
+WEIGHTS = {
+    "align": (0.5, "stage 2: of the cosine distances; the tasks get the rest"),
+    "head": (0.5, "stage 2: of each adapted head's task, within the tasks"),
+    "task": (0.8, "student: of the task"),
+    "ot": (0.2, "student: of the optimal transport"),
+    "centroid": (0.2, "student: of the centroid term"),
+    "pkdot-ot": (0.6, "pkdot: of the optimal transport"),
+    "feature": (1.0, "mse and cosine: of the distance to the joint embedding"),
+}
 
 
-# ---- options and small helpers ----------------------------------------------------------------------
+# ---- options ----------------------------------------------------------------------------------------
 
 
 def fail(message):
+    """One line, exit code 2."""
     print(f"train.py: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def number(kind, least, inclusive=True):
-    """An argparse type: a finite number, at least (or above) `least`."""
+def number(kind, least, above=False):
+    """An argparse type: a finite number of at least (or above) `least`."""
 
     def parse(text):
         value = kind(text)
-        if not math.isfinite(value) or value < least or (value == least and not inclusive):
-            raise argparse.ArgumentTypeError(f"{text} is not {'at least' if inclusive else 'above'} {least}")
+        if not math.isfinite(value) or value < least or (above and value == least):
+            raise argparse.ArgumentTypeError(f"{text} is not {'above' if above else 'at least'} {least}")
         return value
 
     parse.__name__ = kind.__name__
@@ -63,75 +77,68 @@ def number(kind, least, inclusive=True):
 
 
 def options(argv=None):
-    parser = argparse.ArgumentParser(description="MT-PKDOT in three stages.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    count, weight, rate = number(int, 1), number(float, 0), number(float, 0, above=True)
+    parser = argparse.ArgumentParser(description="Train MT-PKDOT in three stages, or score a trained student.")
     parser.error = fail
-    count, weight, rate = number(int, 1), number(float, 0), number(float, 0, inclusive=False)
     add = parser.add_argument
     add("--dataset", default="synthetic", choices=["synthetic", "features", "affwild2", "biovid"])
     add("--data", help="path of the data set")
-    add("--stage", default="all", choices=["all", *STAGES, "eval"])
-    add("--method", default="mtpkdot", choices=[*METHODS, "all"], help="which student")
-    add("--out", help="folder of the run (default: runs/DATASET)")
-    add("--folds", type=number(int, 2), help="number of folds (default: the data's own split, else 5)")
-    add("--fold", type=number(int, 0), help="run this fold only, counted from 0")
+    add("--stage", default="all", choices=["all", "teachers", "align", "student", "eval"])
+    add("--method", default="mtpkdot", choices=[*METHODS, "all"], help="which student (default mtpkdot)")
+    add("--out", type=Path, help="folder of the run (default runs/DATASET)")
+    add("--folds", type=number(int, 2), metavar="K", help="number of folds (default: the data's own split, else 5)")
+    add("--fold", type=number(int, 0), metavar="I", help="run this fold only, counted from 0")
     add("--seed", type=number(int, 0), default=0)
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    add("--batch-size", type=count, default=128)
-    add("--epochs", type=count, help="epochs of everything trained (default: the --epochs-... options)")
-
-    sizes = parser.add_argument_group("epochs (default: released code where it says, else ours)")
-    for name, epochs in [("backbone", 30), ("joint", 20), ("tnet", 30), ("align", 10), ("student", 10), ("pkdot", 20)]:
-        sizes.add_argument(f"--epochs-{name}", type=count, default=epochs)
-    rates = parser.add_argument_group("Adam's learning rates (released code; backbone and joint ours)")
-    for name, value in [("backbone", 1e-3), ("joint", 1e-4), ("tnet", 5e-5), ("adapter", 5e-3), ("fusion", 1e-4), ("student", 5e-4), ("pkdot", 1e-4)]:
-        rates.add_argument(f"--lr-{name}", type=rate, default=value)
-    loss = parser.add_argument_group("losses (released code; w-feature, anchors and tnet-loss ours)")
-    for name, value in [("align", 0.5), ("head", 0.5), ("task", 0.8), ("ot", 0.2), ("centroid", 0.2), ("pkdot-ot", 0.6), ("feature", 1.0)]:
-        loss.add_argument(f"--w-{name}", type=weight, default=value)
-    loss.add_argument("--k", type=count, default=30, help="anchors a row")
-    loss.add_argument("--anchors", choices=["most", "least"], default="most", help="anchors are the k most or least similar clips")
-    loss.add_argument("--eps", type=rate, default=0.01, help="entropy of the transport, in the units of its cost")
-    loss.add_argument("--ot", choices=["debiased", "entropic"], default="debiased")
-    loss.add_argument("--tnet-loss", choices=["mse", "mmd"], default="mse")
-    parser.add_argument_group("sizes").add_argument("--dim", type=number(int, 2), default=DIM, help="embedding size, even")
+    add("--batch-size", type=count, default=128, help="default 128")
+    add("--epochs", type=count, help="epochs of everything that trains, in the place of the --epochs-... below")
+    add("--dim", type=number(int, 2), default=DIM, help=f"embedding size, even (default {DIM})")
+    add("--k", type=count, default=30, help="anchors a row (default 30)")
+    add("--anchors", default="most", choices=["most", "least"], help="k most (default) or least similar clips")
+    add("--eps", type=rate, default=0.01, help="entropy of the transport, in units of its cost (default 0.01)")
+    add("--ot", default="debiased", choices=["debiased", "entropic"], help="form of the transport (default debiased)")
+    add("--tnet-loss", default="mse", choices=["mse", "mmd"], help="default mse")
+    for name, epochs in EPOCHS.items():
+        add(f"--epochs-{name}", type=count, default=epochs, metavar="N", help=f"default {epochs}")
+    for name, value in RATES.items():
+        add(f"--lr-{name}", type=rate, default=value, metavar="X", help=f"Adam's learning rate (default {value:g})")
+    for name, (value, text) in WEIGHTS.items():
+        add(f"--w-{name}", type=weight, default=value, metavar="X", help=f"weight in {text} (default {value})")
 
     args = parser.parse_args(argv)
     if args.dim % 2:
-        fail(f"argument --dim: {args.dim} is odd; two attention heads share it")
+        fail(f"argument --dim: {args.dim} is odd, and two attention heads share it")
     if args.w_align > 1:
         fail(f"argument --w-align: {args.w_align} is above 1")
-    args.out = Path(args.out or f"runs/{args.dataset}")
-    if args.epochs:
-        for name in ("backbone", "joint", "tnet", "align", "student", "pkdot"):
-            setattr(args, f"epochs_{name}", args.epochs)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.out = args.out or Path("runs") / args.dataset
+    for name in EPOCHS:
+        setattr(args, f"epochs_{name}", args.epochs or getattr(args, f"epochs_{name}"))
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("argument --device: this machine has no CUDA device; use --device cpu")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     return args
 
 
+# ---- files and scores -------------------------------------------------------------------------------
+
+
 def seed_everything(args, *where):
-    """The randomness of a part of the run depends on --seed and on where it is, not on what ran before."""
+    """The randomness of a part of the run depends on --seed and on which part it is, not on what ran before."""
     torch.manual_seed(zlib.crc32(repr((args.seed, *where)).encode()))
 
 
-def save(path, **payload):
-    """Write beside the target, then rename: a killed run leaves no half file."""
+def write(path, payload):
+    """Text, or a dict for torch.save, by way of a temporary file: a killed run leaves no half file."""
+    temporary = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(payload, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+        if isinstance(payload, str):
+            temporary.write_text(payload)
+        else:
+            torch.save(payload, temporary)
+        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        fail(f"{path}: cannot be written ({error})")
-
-
-def write_text(path, text):
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".tmp").write_text(text)
-        os.replace(path.with_suffix(".tmp"), path)
-    except OSError as error:
         fail(f"{path}: cannot be written ({error})")
 
 
@@ -142,23 +149,28 @@ def stage_file(args, fold, name):
 def read(path, device="cpu"):
     try:
         return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # whatever a damaged file raises, the reader needs its name
-        fail(f"{path}: cannot be read, train that stage again ({type(error).__name__})")
+    except Exception as error:  # a damaged file can raise anything; its reader needs the name
+        fail(f"{path}: cannot be read, run that stage again ({type(error).__name__})")
 
 
-def earlier(args, fold, name, stage, key):
-    """The saved file of an earlier stage, refused if it is missing or was made from something else."""
-    path = stage_file(args, fold, name)
+def earlier(args, fold, stage, key):
+    """The saved file of an earlier stage; refused if it is missing or was made from something else."""
+    path = stage_file(args, fold, stage)
     if not path.exists():
-        fail(f"{path} is missing: run --stage {stage} first (same --dataset, --data, --folds, --seed and --out)")
+        fail(f"{path} is missing: run --stage {stage} first, with the same data, --folds, --seed and --out")
     saved = read(path, args.device)
     if saved["key"] != key:
-        fail(f"{path} was made from other data, folds, seed or earlier stage: run --stage {stage} again")
+        fail(f"{path} was made from other data, --folds, --seed, --dim or teachers: run --stage {stage} again")
     return saved
 
 
+def key_of(args, data, train):
+    """What stage 1 is made from, besides its hyper-parameters."""
+    return f"{digest(data.visual, data.privileged, data.label, train)}-{args.seed}-{args.dim}"
+
+
 def score(data, prediction, rows):
-    """Accuracy in 0..1, or the CCC of each column and their mean."""
+    """Accuracy in 0..1, or {column: CCC, "mean": their mean}."""
     label = data.label[rows]
     if data.task == "classification":
         return (prediction.argmax(1) == label).double().mean().item()
@@ -172,46 +184,51 @@ def headline(value):
 
 @torch.no_grad()
 def over(rows, function):
-    """function(rows) a chunk at a time, put together."""
+    """function(rows), a chunk of rows at a time."""
     return torch.cat([function(part) for part in rows.split(CHUNK)])
+
+
+def every_row(x):
+    return torch.arange(len(x), device=x.device)
 
 
 # ---- the one training loop --------------------------------------------------------------------------
 
 
-def fit(args, where, network, optimizer, loss_of, score_of, rows, epochs):
-    """Train `network`, keep its best epoch, return {"best", "last", "history"}.
+def fit(args, where, network, rates, epochs, rows, loss_of, score_of):
+    """Train `network` with Adam and keep its best epoch. Returns {"best", "last", "history"}, the first two scores.
 
     where      (fold, stage, model), for the log
+    rates      list of (module, learning rate)
     loss_of    rows of a batch -> dict of scalar tensors, of which "loss" is minimised
     score_of   () -> score on the validation rows
     """
+    optimizer = torch.optim.Adam([{"params": list(module.parameters()), "lr": rate} for module, rate in rates])
     batches, best, history = math.ceil(len(rows) / args.batch_size), None, []
     for epoch in range(1, epochs + 1):
         network.train()
         sums = {}
-        # Batches of nearly equal size: similarities within a runt of two clips would mean nothing.
-        order = rows[torch.randperm(len(rows)).to(rows.device)]
-        for batch in tqdm(order.tensor_split(batches), desc=f"{where[2]} {epoch}/{epochs}", leave=False, disable=None):
+        # Batches of nearly equal size: the similarities within a runt of two clips would mean nothing.
+        order = rows[torch.randperm(len(rows)).to(rows.device)].tensor_split(batches)
+        for batch in tqdm(order, desc=f"{where[2]} {epoch}/{epochs}", leave=False, disable=None):
             terms = loss_of(batch)
             optimizer.zero_grad(set_to_none=True)
             terms["loss"].backward()
             optimizer.step()
             for name, value in terms.items():
-                sums[name] = sums.get(name, 0) + value.detach() * len(batch) / len(rows)
+                sums[name] = sums.get(name, 0) + value.detach() * (len(batch) / len(rows))
         network.eval()
+        terms = {name: total.item() for name, total in sums.items()}
+        if not all(map(math.isfinite, terms.values())):
+            fail(f"fold {where[0]}, {where[2]}, epoch {epoch}: the loss is not finite ({terms}); try a lower --lr-...")
         value = score_of()
         if best is None or headline(value) > headline(best):
             best, weights = value, copy.deepcopy(network.state_dict())
-        terms = {name: total.item() for name, total in sums.items()}
         history.append(dict(zip(("fold", "stage", "model"), where), epoch=epoch, **terms, score=headline(value)))
-        print(f"fold {where[0]}  {where[2]:<18} epoch {epoch:>3}/{epochs}  loss {terms['loss']:.4f}  validation {headline(value):.4f}", flush=True)
+        line = f"loss {terms['loss']:.4f}  validation {headline(value):.4f}"
+        print(f"fold {where[0]}  {where[2]:<10}  epoch {epoch:>3}/{epochs}  {line}", flush=True)
     network.load_state_dict(weights)
     return {"best": best, "last": value, "history": history}
-
-
-def adam(*groups):
-    return torch.optim.Adam([{"params": list(module.parameters()), "lr": rate} for module, rate in groups])
 
 
 # ---- stage 1: teachers ------------------------------------------------------------------------------
@@ -219,150 +236,128 @@ def adam(*groups):
 
 def teachers(args, data, fold, train, val, key):
     """Train both backbones with a head each, then the joint teacher and T-Net on their frozen embeddings."""
-    outputs, z, nets, fits, scores = len(data.names), {}, {}, [], {}
-    for view in ("visual", "privileged"):
-        seed_everything(args, fold, "teachers", view)
-        x = getattr(data, view)
-        net = nn.ModuleDict({"encoder": Encoder(x[0].numel(), args.dim), "head": Head(args.dim, outputs)}).to(args.device)
-        net["encoder"].fit_standardisation(x[train])
+    outputs, z, weights, fitted = len(data.names), {}, {}, {}
 
-        def predict(rows):
-            return net["head"](net["encoder"](x[rows]))
-
-        def loss_of(rows):
-            return {"loss": mtpkdot.task_loss(predict(rows), data.label[rows])}
-
-        fits.append(
-            fit(args, (fold, "teachers", view), net, adam((net, args.lr_backbone)), loss_of,
-                lambda: score(data, over(val, predict), val), train, args.epochs_backbone)
+    def task_fit(name, network, rates, epochs, predict):
+        fitted[name] = fit(
+            args, (fold, "teachers", name), network, rates, epochs, train,
+            lambda rows: {"loss": mtpkdot.task_loss(predict(rows), data.label[rows])},
+            lambda: score(data, over(val, predict), val),
         )  # fmt: skip
-        scores[view] = fits[-1]["best"]
-        nets[view] = net
-        z[view] = over(torch.arange(len(x), device=x.device), lambda rows: net["encoder"](x[rows]))
 
-    seed_everything(args, fold, "teachers", "joint")
-    fusion = Fusion(args.dim, outputs).to(args.device)
-
-    def joint(rows):
-        return fusion(z["visual"][rows].unsqueeze(1), z["privileged"][rows].unsqueeze(1))[1]
-
-    fits.append(
-        fit(args, (fold, "teachers", "joint"), fusion, adam((fusion, args.lr_joint)),
-            lambda rows: {"loss": mtpkdot.task_loss(joint(rows), data.label[rows])},
-            lambda: score(data, over(val, joint), val), train, args.epochs_joint)
-    )  # fmt: skip
-    scores["joint"] = fits[-1]["best"]
-
-    seed_everything(args, fold, "teachers", "tnet")
-    tnet = TNet(args.dim).to(args.device)
-    fits.append(
-        fit(args, (fold, "teachers", "tnet"), tnet, adam((tnet, args.lr_tnet)),
-            lambda rows: {"loss": mtpkdot.tnet_loss(tnet(z["visual"][rows]), z["privileged"][rows], args.tnet_loss)},
-            # Scored as one minus the error, as a fraction of the variance that it leaves.
-            lambda: explained(over(val, lambda rows: tnet(z["visual"][rows])), z["privileged"][val]), train, args.epochs_tnet)
-    )  # fmt: skip
-
-    weights = {**{view: net.state_dict() for view, net in nets.items()}, "joint": fusion.state_dict(), "tnet": tnet.state_dict()}
-    save(stage_file(args, fold, "teachers"), key=key, id=digest(*(t for w in weights.values() for t in w.values())),
-         weights=weights, scores=scores, history=[row for f in fits for row in f["history"]])  # fmt: skip
-
-
-def explained(prediction, target):
-    return 1 - ((prediction - target) ** 2).sum().item() / ((target - target.mean(0)) ** 2).sum().item()
-
-
-def embeddings(args, data, saved):
-    """z_v and z_p (N, D) of all clips by the frozen backbones of a saved stage 1."""
-    for view in ("visual", "privileged"):
+    for view in VIEWS:
+        seed_everything(args, fold, view)
         x = getattr(data, view)
-        encoder = Encoder(x[0].numel(), args.dim).to(args.device).eval()
-        encoder.load_state_dict({k.removeprefix("encoder."): t for k, t in saved["weights"][view].items() if k.startswith("encoder.")})
-        yield over(torch.arange(len(x), device=x.device), lambda rows: encoder(x[rows]))
+        encoder, head = Encoder(x[0].numel(), args.dim).to(args.device), Head(args.dim, outputs).to(args.device)
+        encoder.fit_standardisation(x[train])
+        network = nn.Sequential(encoder, head)
+        task_fit(view, network, [(network, args.lr_backbone)], args.epochs_backbone, lambda rows: network(x[rows]))
+        z[view] = over(every_row(x), lambda rows: encoder(x[rows]))
+        weights[view], weights[f"{view}_head"] = encoder.state_dict(), head.state_dict()
+
+    seed_everything(args, fold, "joint")
+    joint = Fusion(args.dim, outputs).to(args.device)
+    z_v, z_p = z["visual"], z["privileged"]
+    task_fit(
+        "joint", joint, [(joint, args.lr_joint)], args.epochs_joint,
+        lambda rows: joint(z_v[rows].unsqueeze(1), z_p[rows].unsqueeze(1))[1],
+    )  # fmt: skip
+
+    seed_everything(args, fold, "tnet")
+    tnet = TNet(args.dim).to(args.device)
+    variance = (z_p[val] - z_p[val].mean(0)).square().sum()
+    fitted["tnet"] = fit(
+        args, (fold, "teachers", "tnet"), tnet, [(tnet, args.lr_tnet)], args.epochs_tnet, train,
+        lambda rows: {"loss": mtpkdot.tnet_loss(tnet(z_v[rows]), z_p[rows], args.tnet_loss)},
+        # Scored by the share of the privileged embedding's variance that it explains.
+        lambda: (1 - (over(val, lambda rows: tnet(z_v[rows]) - z_p[rows])).square().sum() / variance).item(),
+    )  # fmt: skip
+    weights["joint"], weights["tnet"] = joint.state_dict(), tnet.state_dict()
+    write(stage_file(args, fold, "teachers"), {
+        "key": key,
+        "id": digest(*(t for module in weights.values() for t in module.values())),
+        "weights": weights,
+        "scores": {name: fitted[name]["best"] for name in (*VIEWS, "joint")},
+        "history": [row for f in fitted.values() for row in f["history"]],
+    })  # fmt: skip
+
+
+def restored(module, weights, args):
+    """A module with saved weights, frozen, on the device of the run."""
+    module.load_state_dict(weights)
+    return module.to(args.device).eval().requires_grad_(False)
+
+
+def embeddings(args, data, weights):
+    """z_v and z_p (N, D) of all clips, by the frozen backbones of stage 1."""
+    for view in VIEWS:
+        x = getattr(data, view)
+        encoder = restored(Encoder(x[0].numel(), args.dim), weights[view], args)
+        yield over(every_row(x), lambda rows: encoder(x[rows]))
 
 
 # ---- stage 2: alignment -----------------------------------------------------------------------------
 
 
-class Aligned(nn.ModuleDict):
-    """Adapters, heads and joint teacher. z_v, z_p (B, D) -> {teacher: (embedding (B, D), prediction (B, K))}."""
-
-    def __init__(self, dim, outputs):
-        super().__init__(
-            {
-                "adapters": nn.ModuleDict({view: Adapter(dim) for view in ("visual", "privileged")}),
-                "heads": nn.ModuleDict({view: Head(dim, outputs) for view in ("visual", "privileged")}),
-                "joint": Fusion(dim, outputs),
-            }
-        )
-
-    def forward(self, z_v, z_p):
-        a_v, a_p = self["adapters"]["visual"](z_v), self["adapters"]["privileged"](z_p)
-        return {
-            "joint": self["joint"](z_v.unsqueeze(1), z_p.unsqueeze(1)),
-            "adapted_visual": (a_v, self["heads"]["visual"](a_v)),
-            "adapted_privileged": (a_p, self["heads"]["privileged"](a_p)),
-        }
-
-
 def align(args, data, fold, train, val, key):
-    """Pull both single-modality embeddings and the joint one together; keep the best joint epoch."""
-    before = earlier(args, fold, "teachers", "teachers", key)
-    z_v, z_p = embeddings(args, data, before)
+    """Pull both single-modality embeddings and the joint one together; keep the epoch of the best joint score."""
+    before = earlier(args, fold, "teachers", key)
+    z_v, z_p = embeddings(args, data, before["weights"])
     seed_everything(args, fold, "align")
-    net = Aligned(args.dim, len(data.names)).to(args.device)
-    net["joint"].load_state_dict(before["weights"]["joint"])
+    network = Teachers(args.dim, len(data.names)).to(args.device)
+    network.joint.load_state_dict(before["weights"]["joint"])
 
     def loss_of(rows):
-        out = net(z_v[rows], z_p[rows])
-        distance = mtpkdot.alignment_loss(out["adapted_visual"][0], out["adapted_privileged"][0], out["joint"][0])
-        task = {name: mtpkdot.task_loss(prediction, data.label[rows]) for name, (_, prediction) in out.items()}
-        loss = mtpkdot.align_stage_loss(distance, task["joint"], task["adapted_visual"], task["adapted_privileged"], args.w_align, args.w_head)
-        return {"loss": loss, "task": task["joint"], "align": distance}
+        out = network(z_v[rows], z_p[rows])
+        distance = mtpkdot.alignment_loss(*(out[name][0] for name in ("adapted_visual", "adapted_privileged", "joint")))
+        tasks = [mtpkdot.task_loss(out[name][1], data.label[rows]) for name in mtpkdot.TEACHERS]
+        return {"loss": mtpkdot.align_stage_loss(distance, *tasks, args.w_align, args.w_head), "align": distance}
 
     def score_of(name):
-        return score(data, over(val, lambda rows: net(z_v[rows], z_p[rows])[name][1]), val)
+        return score(data, over(val, lambda rows: network(z_v[rows], z_p[rows])[name][1]), val)
 
-    optimizer = adam((net["adapters"], args.lr_adapter), (net["heads"], args.lr_adapter), (net["joint"], args.lr_fusion))
-    fitted = fit(args, (fold, "align", "align"), net, optimizer, loss_of, lambda: score_of("joint"), train, args.epochs_align)
-    scores = {"joint_aligned": fitted["best"], **{name: score_of(name) for name in mtpkdot.TEACHERS[1:]}}
-    save(stage_file(args, fold, "align"), key=before["id"], id=digest(*net.state_dict().values()),
-         weights=net.state_dict(), scores=scores, history=fitted["history"])  # fmt: skip
+    rates = [(network.adapters, args.lr_adapter), (network.heads, args.lr_adapter), (network.joint, args.lr_fusion)]
+    fitted = fit(
+        args, (fold, "align", "align"), network, rates, args.epochs_align, train, loss_of, lambda: score_of("joint")
+    )
+    write(stage_file(args, fold, "align"), {
+        "key": before["id"],
+        "id": digest(*network.state_dict().values()),
+        "weights": network.state_dict(),
+        "scores": {"joint_aligned": fitted["best"], **{name: score_of(name) for name in mtpkdot.TEACHERS[1:]}},
+        "history": fitted["history"],
+    })  # fmt: skip
 
 
 # ---- stage 3: students ------------------------------------------------------------------------------
 
 
 def student(args, data, fold, train, val, key, method):
-    """Train one student's fusion on (z_v, T-Net(z_v)); backbone, T-Net and teachers are frozen.
+    """Train one student's fusion on (z_v, T-Net(z_v)); backbone, T-Net and teachers stay as they are.
 
-    mtpkdot follows the teacher that does best on the batch, after alignment; pkdot, mse and cosine follow the
+    mtpkdot follows, batch by batch, the best of the three aligned teachers; pkdot, mse and cosine follow the
     joint teacher of stage 1; task follows nobody. All start from the same weights and see the same batches.
     """
-    before = earlier(args, fold, "teachers", "teachers", key)
-    z_v, z_p = embeddings(args, data, before)
-    tnet = TNet(args.dim).to(args.device).eval().requires_grad_(False)
-    tnet.load_state_dict(before["weights"]["tnet"])
-    everyone = torch.arange(len(z_v), device=z_v.device)
-    z_hat = over(everyone, lambda rows: tnet(z_v[rows]))
-
+    before = earlier(args, fold, "teachers", key)
+    weights, outputs = before["weights"], len(data.names)
+    z_v, z_p = embeddings(args, data, weights)
+    tnet = restored(TNet(args.dim), weights["tnet"], args)
+    z_hat = over(every_row(z_v), lambda rows: tnet(z_v[rows]))
     if method == "mtpkdot":
-        aligned = earlier(args, fold, "align", "align", before["id"])
-        made_from = aligned["id"]
-        net = Aligned(args.dim, len(data.names)).to(args.device).eval()
-        net.load_state_dict(aligned["weights"])
-        with torch.no_grad():
-            parts = [net(z_v[rows], z_p[rows]) for rows in everyone.split(CHUNK)]
-        z_teachers, predictions = ([torch.cat([p[name][i] for p in parts]) for name in mtpkdot.TEACHERS] for i in (0, 1))
+        before = earlier(args, fold, "align", before["id"])
+        network = restored(Teachers(args.dim, outputs), before["weights"], args)
+        parts = [network(z_v[rows], z_p[rows]) for rows in every_row(z_v).split(CHUNK)]
+        z_teachers, predictions = (
+            torch.stack([torch.cat([part[name][i] for part in parts]) for name in mtpkdot.TEACHERS]) for i in (0, 1)
+        )
     else:
-        made_from = before["id"]
-        joint = Fusion(args.dim, len(data.names)).to(args.device).eval()
-        joint.load_state_dict(before["weights"]["joint"])
-        z_j = over(everyone, lambda rows: joint(z_v[rows].unsqueeze(1), z_p[rows].unsqueeze(1))[0])
+        joint = restored(Fusion(args.dim, outputs), weights["joint"], args)
+        z_j = over(every_row(z_v), lambda rows: joint(z_v[rows].unsqueeze(1), z_p[rows].unsqueeze(1))[0])
 
     seed_everything(args, fold, "student")
-    fusion = Fusion(args.dim, len(data.names)).to(args.device)
+    fusion = Fusion(args.dim, outputs).to(args.device)
     picks = torch.zeros(len(mtpkdot.TEACHERS), dtype=torch.long, device=args.device)
-    transport = dict(k=args.k, which=args.anchors, eps=args.eps, debias=args.ot == "debiased")
+    transport = {"k": args.k, "which": args.anchors, "eps": args.eps, "debias": args.ot == "debiased"}
 
     def forward(rows):
         return fusion(z_v[rows].unsqueeze(1), z_hat[rows].unsqueeze(1))
@@ -370,107 +365,127 @@ def student(args, data, fold, train, val, key, method):
     def loss_of(rows):
         (z_s, prediction), label = forward(rows), data.label[rows]
         if method == "mtpkdot":
-            chosen = mtpkdot.choose_teacher(torch.stack([mtpkdot.task_loss(p[rows], label) for p in predictions]))
-            picks[chosen.view(1)] += 1
-            z_t = torch.stack([z[rows] for z in z_teachers]).index_select(0, chosen.view(1))[0]
-            return mtpkdot.student_loss(prediction, label, z_s, z_t, args.w_task, args.w_ot, args.w_centroid, **transport)
+            losses = torch.stack([mtpkdot.task_loss(p, label) for p in predictions[:, rows]])
+            chosen = mtpkdot.choose_teacher(losses).view(1)
+            picks.index_add_(0, chosen, torch.ones_like(chosen))
+            z_t = z_teachers[:, rows].index_select(0, chosen)[0]
+            weights = (args.w_task, args.w_ot, args.w_centroid)
+            return mtpkdot.student_loss(prediction, label, z_s, z_t, *weights, **transport)
         if method == "pkdot":
             return mtpkdot.pkdot_loss(prediction, label, z_s, z_j[rows], args.w_pkdot_ot, **transport)
         if method == "task":
             return {"loss": mtpkdot.task_loss(prediction, label)}
         return mtpkdot.feature_loss(prediction, label, z_s, z_j[rows], method, args.w_feature)
 
-    rate, epochs = (args.lr_pkdot, args.epochs_pkdot) if method == "pkdot" else (args.lr_student, args.epochs_student)
-    fitted = fit(args, (fold, "student", method), fusion, adam((fusion, rate)), loss_of,
-                 lambda: score(data, over(val, lambda rows: forward(rows)[1]), val), train, epochs)  # fmt: skip
-
-    encoder = {k: t for k, t in before["weights"]["visual"].items() if k.startswith("encoder.")}
-    weights = {**encoder, **{f"tnet.{k}": t for k, t in tnet.state_dict().items()}, **{f"fusion.{k}": t for k, t in fusion.state_dict().items()}}
-    save(stage_file(args, fold, f"student_{method}"), key=made_from, weights=weights,
-         scores={"best": fitted["best"], "last": fitted["last"]}, history=fitted["history"],
-         picks=dict(zip(mtpkdot.TEACHERS, picks.tolist())) if method == "mtpkdot" else None,
-         dim=args.dim, inputs=list(data.visual.shape[1:]), task=data.task, names=data.names,
-         trained_on=digest(data.visual, data.label))  # fmt: skip
+    pace = "pkdot" if method == "pkdot" else "student"
+    fitted = fit(
+        args, (fold, "student", method), fusion, [(fusion, getattr(args, f"lr_{pace}"))],
+        getattr(args, f"epochs_{pace}"), train, loss_of, lambda: score(data, over(val, lambda r: forward(r)[1]), val),
+    )  # fmt: skip
+    whole = Student(restored(Encoder(data.visual[0].numel(), args.dim), weights["visual"], args), tnet, fusion)
+    write(stage_file(args, fold, f"student_{method}"), {
+        "key": before["id"],
+        "weights": whole.state_dict(),
+        "scores": {"best": fitted["best"], "last": fitted["last"]},
+        "history": fitted["history"],
+        "picks": dict(zip(mtpkdot.TEACHERS, picks.tolist())),
+        "dim": args.dim,
+        "input_shape": list(data.visual.shape[1:]),
+        "task": data.task,
+        "names": data.names,
+        "trained_on": digest(data.visual, data.label),
+        "val": val.cpu(),
+    })  # fmt: skip
 
 
 # ---- evaluation: the student alone ------------------------------------------------------------------
 
 
-def evaluate(args, data, fold, val, method):
-    """Score a saved student on visual input: on its fold's validation rows of the data it was trained with,
-    or on every row of other data."""
+def evaluate(args, data, fold, method):
+    """Score a saved student on visual input: on its fold's validation rows where `data` is what it was trained
+    with, on every row otherwise."""
     path = stage_file(args, fold, f"student_{method}")
-    if not path.exists():
-        fail(f"{path} is missing: run --stage student --method {method} first")
     saved = read(path, args.device)
-    if list(data.visual.shape[1:]) != saved["inputs"] or data.task != saved["task"]:
-        fail(f"{path} takes visual input of shape {tuple(saved['inputs'])} for {saved['task']}; "
-             f"this data has shape {tuple(data.visual.shape[1:])} for {data.task}")  # fmt: skip
+    shape, names = list(data.visual.shape[1:]), saved["names"]
+    if (shape, data.task) != (saved["input_shape"], saved["task"]):
+        fail(f"{path} is for {saved['task']} of input shape {saved['input_shape']}; the data is {data.task} of {shape}")
+    unknown = [name for name in data.names if name not in names]
+    if unknown or (data.task == "regression" and data.names != names):
+        fail(f"{path} knows the labels {names}; the data has {unknown or data.names}")
+    rows, kind = every_row(data.label), "all rows of other data"
+    if digest(data.visual, data.label) == saved["trained_on"]:
+        rows, kind = saved["val"].to(args.device), "validation rows of its own data"
     if data.task == "classification":
-        unknown = sorted(set(data.names) - set(saved["names"]))
-        if unknown:
-            fail(f"{path} knows the classes {saved['names']}; this data has also {unknown}")
-        index = torch.tensor([saved["names"].index(name) for name in data.names], device=data.label.device)
-        relabelled = data._replace(label=index[data.label], names=saved["names"])
-    elif data.names != saved["names"]:
-        fail(f"{path} predicts {saved['names']}; this data has {data.names}")
-    else:
-        relabelled = data
-    same = digest(data.visual, data.label) == saved["trained_on"]
-    rows = val if same else torch.arange(len(data.label), device=val.device)
-    inputs = math.prod(saved["inputs"])
-    net = Student(Encoder(inputs, saved["dim"]), TNet(saved["dim"]), Fusion(saved["dim"], len(saved["names"])))
-    net.load_state_dict(saved["weights"])
-    net.to(args.device).eval()
-    print(f"fold {fold}  {method:<18} {len(rows)} rows, {'validation rows of the training data' if same else 'all rows of other data'}")
-    return score(relabelled, over(rows, lambda part: net(data.visual[part])[1]), rows)
+        theirs = torch.tensor([names.index(name) for name in data.names], device=args.device)
+        data = data._replace(label=theirs[data.label])
+    network = Student(Encoder(math.prod(shape), saved["dim"]), TNet(saved["dim"]), Fusion(saved["dim"], len(names)))
+    network = restored(network, saved["weights"], args)
+    print(f"fold {fold}  {method:<10}  {len(rows)} {kind}")
+    return score(data, over(rows, lambda part: network(data.visual[part])[1]), rows)
+
+
+def evaluate_run(args, data, methods):
+    """Score the students that results.json lists."""
+    path = args.out / "results.json"
+    if not path.exists():
+        fail(f"{path} is missing: run --stage student first, with the same --out")
+    listed = [r for r in json.loads(path.read_text())["folds"] if args.fold in (None, r["fold"])]
+    methods = [m for m in methods if any(m in r["students"] for r in listed)]
+    if not methods:
+        fail(f"{path} lists no trained student {args.method}: run --stage student --method {args.method} first")
+    reports = [
+        {"fold": r["fold"], "students": {m: evaluate(args, data, r["fold"], m) for m in methods if m in r["students"]}}
+        for r in listed
+    ]
+    write(args.out / "eval.json", json.dumps({"folds": reports, **summary(reports)}, indent=2) + "\n")
+    rows = [(f"student {m}", ("students", m)) for m in methods]
+    show(rows, reports, f"Scores: {unit(data)}, from visual input alone. Saved in {args.out}/eval.json.")
 
 
 # ---- reporting --------------------------------------------------------------------------------------
 
 
 def collect(args, data, parts):
-    """results.json and history.csv from whatever the run's folder holds for this data and seed."""
+    """Write results.json and history.csv from what the run's folder holds for this data and seed; return results."""
     reports, history = [], []
     for fold, (train, _) in enumerate(parts):
-        path, key = stage_file(args, fold, "teachers"), key_of(args, data, train)
-        if not path.exists() or (teachers := read(path))["key"] != key:
-            continue
-        saved = {"teachers": teachers}
-        if (path := stage_file(args, fold, "align")).exists() and (file := read(path))["key"] == teachers["id"]:
-            saved["align"] = file
-        for method in METHODS:
-            parent = saved.get("align" if method == "mtpkdot" else "teachers")
-            if parent and (path := stage_file(args, fold, f"student_{method}")).exists() and (file := read(path))["key"] == parent["id"]:
-                saved[method] = file
-        students = {method: saved[method]["scores"] for method in METHODS if method in saved}
-        report = {"fold": fold, **teachers["scores"], **saved.get("align", {"scores": {}})["scores"]}
-        report.update(students=students, teacher_picks=saved.get("mtpkdot", {"picks": {}})["picks"])
-        reports.append(report)
-        history += [row for file in saved.values() for row in file["history"]]
-    arguments = {name: value for name, value in vars(args).items() if name != "out"}
+        saved = {}
+
+        def find(name, key):
+            path = stage_file(args, fold, name)
+            if path.exists() and (file := read(path))["key"] == key:
+                saved[name] = file
+                history.extend(file["history"])
+            return saved.get(name, {"id": None, "scores": {}})
+
+        first = find("teachers", key_of(args, data, train))
+        second = find("align", first["id"])
+        students = {m: find(f"student_{m}", (second if m == "mtpkdot" else first)["id"])["scores"] for m in METHODS}
+        if saved:
+            report = {"fold": fold, **first["scores"], **second["scores"]}
+            report["students"] = {method: scores for method, scores in students.items() if scores}
+            report["teacher_picks"] = saved["student_mtpkdot"]["picks"] if "student_mtpkdot" in saved else {}
+            reports.append(report)
     results = {
         "dataset": args.dataset,
         "task": data.task,
         "metric": "accuracy" if data.task == "classification" else "ccc",
         "seed": args.seed,
-        "arguments": arguments,
+        "arguments": {name: value for name, value in vars(args).items() if name != "out"},
         "folds": reports,
-        "mean": over_folds(reports, statistics.fmean),
-        "stderr": over_folds(reports, lambda v: statistics.stdev(v) / math.sqrt(len(v)) if len(v) > 1 else None),
+        **summary(reports),
     }
-    write_text(args.out / "results.json", json.dumps(results, indent=2) + "\n")
-    columns = list(dict.fromkeys(name for row in history for name in row))
+    write(args.out / "results.json", json.dumps(results, indent=2) + "\n")
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer = csv.DictWriter(text, dict.fromkeys(name for row in history for name in row), lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
-    write_text(args.out / "history.csv", text.getvalue())
+    write(args.out / "history.csv", text.getvalue())
     return results
 
 
 def over_folds(reports, statistic):
-    """The same nested dicts with each number replaced by a statistic of it over the folds that have it."""
+    """The nested dicts of the reports merged into one: of every number, its statistic over the folds that have it."""
     merged = {}
     for name in dict.fromkeys(key for report in reports for key in report if key != "fold"):
         values = [report[name] for report in reports if name in report]
@@ -478,99 +493,96 @@ def over_folds(reports, statistic):
     return merged
 
 
-def cell(value):
-    """A score as text: percent for an accuracy, the columns' CCC for a regression."""
-    if value is None:
-        return "-"
-    if isinstance(value, dict):
-        return "/".join("-" if v is None else f"{v:.3f}" for k, v in value.items() if k != "mean")
-    return f"{100 * value:.1f}"
+def summary(reports):
+    def stderr(values):
+        return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
-
-def print_table(rows, reports, mean, stderr, footer):
-    """One line for each (label, path of keys) in rows that some report has, a column a fold."""
-
-    def at(tree, path):
-        for key in path:
-            tree = tree.get(key) if tree else None
-        return tree
-
-    lines = [["", *(f"fold {r['fold']}" for r in reports), "mean", "s.e."]]
-    for label, path in rows:
-        if at(mean, path) is not None:
-            lines.append([label, *(cell(at(r, path)) for r in reports), cell(at(mean, path)), cell(at(stderr, path))])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    print()
-    for line in lines:
-        print("  ".join([line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:]))]))
-    print(footer)
+    return {"mean": over_folds(reports, statistics.fmean), "stderr": over_folds(reports, stderr)}
 
 
 def unit(data):
     return "accuracy in %" if data.task == "classification" else f"CCC of {'/'.join(data.names)}"
 
 
-def print_results(data, results):
+def cell(value):
+    """A score as text: percent for an accuracy, each column's CCC for a regression."""
+    if isinstance(value, dict):
+        return "/".join("-" if v is None else f"{v:.3f}" for name, v in value.items() if name != "mean")
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def show(rows, reports, footer):
+    """Print a line for each (label, path of keys) that some report has: a column a fold, mean and standard error."""
+
+    def at(tree, path):
+        for key in path:
+            tree = tree.get(key, {}) if isinstance(tree, dict) else {}
+        return None if tree == {} else tree
+
+    total = summary(reports)
+    lines = [["", *(f"fold {report['fold']}" for report in reports), "mean", "s.e."]]
+    for label, path in rows:
+        if at(total["mean"], path) is not None:
+            lines.append([label, *(cell(at(tree, path)) for tree in (*reports, total["mean"], total["stderr"]))])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    print()
+    for label, *cells in lines:
+        print("  ".join([label.ljust(widths[0]), *(text.rjust(width) for text, width in zip(cells, widths[1:]))]))
+    print(footer)
+
+
+def show_results(args, data, results):
     rows = [
-        ("visual only", ["visual"]),
-        ("privileged only", ["privileged"]),
-        ("joint teacher", ["joint"]),
-        ("joint teacher, aligned", ["joint_aligned"]),
-        ("adapted visual teacher", ["adapted_visual"]),
-        ("adapted privileged teacher", ["adapted_privileged"]),
+        ("visual only", ("visual",)),
+        ("privileged only", ("privileged",)),
+        ("joint teacher", ("joint",)),
+        ("joint teacher, aligned", ("joint_aligned",)),
+        ("adapted visual teacher", ("adapted_visual",)),
+        ("adapted privileged teacher", ("adapted_privileged",)),
     ]
     for method in METHODS:
-        rows += [(f"student {method}", ["students", method, "best"]), ("    its last epoch", ["students", method, "last"])]
-    footer = f"Scores: {unit(data)} on validation rows. The best epoch is chosen on those same rows, as the paper does."
-    print_table(rows, results["folds"], results["mean"], results["stderr"], footer)
+        rows += [(f"student {method}", ("students", method, "best")), ("  last epoch", ("students", method, "last"))]
+    show(rows, results["folds"], f"Scores: {unit(data)} on validation rows; s.e.: standard error over the folds.")
+    print("The best epoch is chosen on the rows that are scored, the paper's protocol; students also show their last.")
     picks = results["mean"].get("teacher_picks")
     if picks:
-        shares = ", ".join(f"{name.replace('_', ' ')} {100 * n / sum(picks.values()):.0f} %" for name, n in picks.items())
-        print(f"Teacher picked for a batch of mtpkdot: {shares}.")
+        shares = ", ".join(f"{name.replace('_', ' ')} {n / sum(picks.values()):.0%}" for name, n in picks.items())
+        print(f"Teacher that mtpkdot picked, share of batches: {shares}.")
+    print(f"Saved in {args.out}: results.json, history.csv, and a folder a fold with a file a stage.")
 
 
 # ---- main -------------------------------------------------------------------------------------------
 
 
-def key_of(args, data, train):
-    """What stage 1 depends on besides its weights: data, training rows, seed and embedding size."""
-    return f"{digest(data.visual, data.privileged, data.label, train.cpu())}-{args.seed}-{args.dim}"
-
-
 def main(argv=None):
     args = options(argv)
-    warnings.filterwarnings("once", category=RuntimeWarning)  # Sinkhorn says so when it has not converged
+    warnings.filterwarnings("once", category=RuntimeWarning)  # Sinkhorn's, when it has not converged
+    methods = METHODS if args.method == "all" else (args.method,)
     try:
         data = load(args.dataset, args.data, args.seed, need_privileged=args.stage != "eval")
-        parts = folds(data, args.folds, args.seed)
+        parts = folds(data, args.folds, args.seed) if args.stage != "eval" else []
     except ValueError as error:
         fail(error)
-    if args.fold is not None and args.fold >= len(parts):
-        fail(f"argument --fold: there are {len(parts)} folds, 0 to {len(parts) - 1}")
-    data = data._replace(**{name: getattr(data, name).to(args.device) for name in ("visual", "privileged", "label") if getattr(data, name) is not None})
-    parts = [tuple(torch.from_numpy(rows).to(args.device) for rows in part) for part in parts]
-    selected = [args.fold] if args.fold is not None else range(len(parts))
-    methods = METHODS if args.method == "all" else (args.method,)
-
+    tensors = {name: t.to(args.device) for name, t in data._asdict().items() if isinstance(t, torch.Tensor)}
+    data = data._replace(**tensors)
     if args.stage == "eval":
-        reports = [{"fold": fold, "students": {m: evaluate(args, data, fold, parts[fold][1], m) for m in methods}} for fold in selected]
-        mean, stderr = (over_folds(reports, s) for s in (statistics.fmean, lambda v: statistics.stdev(v) / math.sqrt(len(v)) if len(v) > 1 else None))
-        write_text(args.out / "eval.json", json.dumps({"folds": reports, "mean": mean, "stderr": stderr}, indent=2) + "\n")
-        print_table([(f"student {m}", ["students", m]) for m in methods], reports, mean, stderr, f"Scores: {unit(data)}, from visual input alone.")
-        return
+        return evaluate_run(args, data, methods)
 
-    for fold in selected:
-        train, val = parts[fold]
+    if args.fold is not None and args.fold >= len(parts):
+        fail(f"argument --fold: the folds are 0 to {len(parts) - 1}")
+    parts = [tuple(torch.from_numpy(rows).to(args.device) for rows in part) for part in parts]
+    write(args.out / "arguments.json", json.dumps(vars(args), default=str, indent=2) + "\n")
+    for fold, (train, val) in enumerate(parts):
+        if args.fold not in (None, fold):
+            continue
         key = key_of(args, data, train)
         if args.stage in ("all", "teachers"):
             teachers(args, data, fold, train, val, key)
         if args.stage in ("all", "align"):
             align(args, data, fold, train, val, key)
-        if args.stage in ("all", "student"):
-            for method in methods:
-                student(args, data, fold, train, val, key, method)
-    print_results(data, collect(args, data, parts))
-    print(f"Saved in {args.out}: results.json, history.csv and a file a stage in each fold.")
+        for method in methods if args.stage in ("all", "student") else ():
+            student(args, data, fold, train, val, key, method)
+    show_results(args, data, collect(args, data, parts))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,194 @@
+"""Data sets and folds: what is read is what was written, nobody is on both sides, mistakes are named."""
+
+import numpy as np
+import pytest
+import torch
+
+from data import digest, features, folds, load, synthetic
+
+
+def arrays(n=40, classes=4, **more):
+    rng = np.random.default_rng(0)
+    base = {"visual": rng.normal(size=(n, 5)), "privileged": rng.normal(size=(n, 2, 3)), "label": np.arange(n) % classes}
+    return {**base, **more}
+
+
+def written(tmp_path, **keys):
+    np.savez(tmp_path / "f.npz", **{name: value for name, value in keys.items() if value is not None})
+    return tmp_path / "f.npz"
+
+
+# ---- reading ----------------------------------------------------------------------------------------
+
+
+def test_features_are_what_was_written(tmp_path):
+    given = arrays(group=np.array(list("abcd") * 10), split=np.array(["train"] * 30 + ["val"] * 10))
+    data = features(written(tmp_path, **given))
+    assert np.array_equal(data.visual.numpy(), given["visual"].astype(np.float32))
+    assert np.array_equal(data.privileged.numpy(), given["privileged"].astype(np.float32))
+    assert data.label.tolist() == given["label"].tolist() and data.names == [0, 1, 2, 3]
+    assert data.group.tolist() == [0, 1, 2, 3] * 10 and data.split.tolist() == [True] * 30 + [False] * 10
+    assert data.task == "classification"
+
+
+def test_classes_may_be_any_integers(tmp_path):
+    data = features(written(tmp_path, **arrays(label=np.array([7, -2] * 20))))
+    assert data.names == [-2, 7] and data.label.tolist() == [1, 0] * 20
+
+
+@pytest.mark.parametrize("columns, names", [(1, ["0"]), (2, ["valence", "arousal"]), (3, ["0", "1", "2"])])
+def test_float_labels_make_a_regression(tmp_path, columns, names):
+    label = np.random.default_rng(1).uniform(-1, 1, (40, columns))
+    data = features(written(tmp_path, **arrays(label=label)))
+    assert data.task == "regression" and data.names == names
+    assert np.array_equal(data.label.numpy(), label.astype(np.float32))
+
+
+def test_bytes_and_flat_views_are_numbers_too(tmp_path):
+    data = features(written(tmp_path, **arrays(visual=np.arange(40, dtype=np.uint8))))
+    assert data.visual.shape == (40, 1) and data.visual.dtype == torch.float32
+
+
+def test_a_file_without_privileged_serves_evaluation_only(tmp_path):
+    path = written(tmp_path, **arrays(privileged=None))
+    assert features(path, need_privileged=False).privileged is None
+    with pytest.raises(ValueError, match=r"f.npz: no key privileged; it has label, visual"):
+        features(path)
+
+
+NAN, INF = np.ones((40, 5)), np.ones((40, 5))
+NAN[17, 3], INF[4, 0] = np.nan, 1e300  # infinite as a float32
+BAD = [
+    (dict(visual=None), "no key visual"),
+    (dict(label=None), "no key label"),
+    (dict(visual=np.ones((39, 5))), "visual 39, privileged 40, label 40"),
+    (dict(group=np.arange(3)), "group 3"),
+    (dict(visual=np.float64(3)), "visual 0"),
+    (dict(visual=NAN), "visual row 17 holds NaN"),
+    (dict(privileged=INF), "privileged row 4 holds"),
+    (dict(visual=np.ones((40, 0))), "visual must hold numbers"),
+    (dict(visual=np.array(["x"] * 40)), "visual must hold numbers"),
+    (dict(visual=np.ones((40, 5), dtype=complex)), "visual must hold numbers"),
+    (dict(label=np.ones(40)), r"label must be \(N,\) integers"),
+    (dict(label=np.ones((40, 1), dtype=int)), r"label must be \(N,\) integers"),
+    (dict(label=np.full((40, 2), np.nan)), "label row 0 holds NaN"),
+    (dict(label=np.array(["a"] * 40)), r"label must be \(N,\) integers"),
+    (dict(group=np.ones(40)), r"group must be \(N,\) integers or strings"),
+    (dict(split=np.array(["train"] * 39 + ["test"])), 'split row 39 is "test"'),
+    (dict(split=np.ones((40, 2))), r"split must be \(N,\)"),
+    (dict(visual=np.array([{}] * 40, dtype=object)), "not a .npz file of plain arrays"),
+]
+
+
+@pytest.mark.parametrize("keys, message", BAD)
+def test_mistakes_in_a_file_are_named(tmp_path, keys, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        features(written(tmp_path, **arrays(**keys)))
+    assert "f.npz" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and then nothing", b"\x93NUMPY", b"visual,label\n1,2\n"])
+def test_files_that_are_no_npz(tmp_path, content):
+    path = tmp_path / "f.npz"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="f.npz: not a .npz file"):
+        features(path)
+    np.save(tmp_path / "g.npy", np.ones(3))
+    with pytest.raises(ValueError, match="g.npy: not a .npz file"):
+        features(tmp_path / "g.npy")
+    good = written(tmp_path, **arrays()).read_bytes()
+    path.write_bytes(good[: len(good) // 2])
+    with pytest.raises(ValueError, match="f.npz: not a .npz file"):
+        features(path)
+    with pytest.raises(ValueError, match="nowhere.npz: no such file"):
+        features(tmp_path / "nowhere.npz")
+
+
+def test_load_by_name():
+    assert load("synthetic", seed=3).visual.equal(synthetic(3).visual)
+    with pytest.raises(ValueError, match="--data FILE.npz"):
+        load("features")
+    for name in ("affwild2", "biovid"):
+        with pytest.raises(ValueError, match=f"data/{name}"):
+            load(name)
+
+
+# ---- synthetic --------------------------------------------------------------------------------------
+
+
+def test_synthetic_is_people_in_time_within_the_range_of_the_labels():
+    data = synthetic(0)
+    assert data.task == "regression" and data.names == ["valence", "arousal"]
+    assert float(data.label.abs().max()) <= 1 and len(data.visual) == len(data.privileged) == len(data.label) == 1440
+    for person in range(24):
+        label = data.label[data.group == person]
+        a_step, any_two = (label[1:] - label[:-1]).square().mean(), (label - label.flip(0)).square().mean()
+        assert a_step < any_two  # it wanders, it does not jump
+        assert len(set(data.split[data.group == person])) == 1
+    hidden = (data.visual[:, :16] == 0).all(1)
+    assert 0.1 < hidden.float().mean() < 0.5 and not bool((data.privileged == 0).any())
+    assert synthetic(0).visual.equal(data.visual) and not synthetic(1).visual.equal(data.visual)
+
+
+# ---- folds ------------------------------------------------------------------------------------------
+
+
+def check_partition(parts, n):
+    assert sorted(np.concatenate([val for _, val in parts])) == list(range(n))
+    for train, val in parts:
+        assert sorted(np.concatenate([train, val])) == list(range(n))
+
+
+def test_folds_by_person_share_nobody(tmp_path):
+    group = np.repeat(np.arange(10), np.arange(1, 11))
+    data = features(written(tmp_path, **arrays(55, label=np.random.default_rng(0).normal(size=(55, 2)), group=group)))
+    parts = folds(data, 5, seed=1)
+    check_partition(parts, 55)
+    for train, val in parts:
+        assert not set(group[train]) & set(group[val])
+        assert 9 <= len(val) <= 13
+    even = data._replace(group=np.arange(55) // 5)
+    assert folds(even, 5, seed=1)[0][1].tolist() != folds(even, 5, seed=2)[0][1].tolist()
+    with pytest.raises(ValueError, match="10 people, too few for 11 folds"):
+        folds(data, 11)
+
+
+def test_folds_without_people_are_stratified(tmp_path):
+    label = np.array([0] * 23 + [1] * 11 + [2] * 6)
+    data = features(written(tmp_path, **arrays(label=label)))
+    parts = folds(data)
+    assert len(parts) == 5
+    check_partition(parts, 40)
+    for _, val in parts:
+        assert len(val) == 8
+        assert all(abs((label[val] == c).sum() - (label == c).sum() / 5) < 1 for c in range(3))
+    with pytest.raises(ValueError, match="class 2 has 6 rows, too few for 7 folds"):
+        folds(data, 7)
+
+
+def test_the_data_sets_own_split_stands_unless_folds_are_asked_for(tmp_path):
+    split = np.array(["train", "val"] * 20)
+    data = features(written(tmp_path, **arrays(split=split, label=np.arange(40) // 20)))
+    ((train, val),) = folds(data)
+    assert set(split[train]) == {"train"} and set(split[val]) == {"val"}
+    assert len(folds(data, 3)) == 3
+    check_partition(folds(synthetic(0), 3), 1440)
+
+
+def test_folds_that_cannot_be_trained_on_are_named(tmp_path):
+    data = features(written(tmp_path, **arrays(label=np.array([0, 1] * 19 + [5, 5]), split=np.array(["train"] * 38 + ["val"] * 2))))
+    with pytest.raises(ValueError, match="fold 0 has no training row of class 5"):
+        folds(data)
+    data = features(written(tmp_path, **arrays(split=np.array(["train"] * 40))))
+    with pytest.raises(ValueError, match="fold 0 has 40 training and 0 validation rows"):
+        folds(data)
+    data = features(written(tmp_path, **arrays(label=np.zeros(40, dtype=int))))
+    with pytest.raises(ValueError, match="single class"):
+        folds(data)
+
+
+def test_digest_tells_values_shape_and_type_apart():
+    a = torch.arange(6.0)
+    same, others = digest(a.clone()), (a + 1, a.view(2, 3), a.double(), a.flip(0))
+    assert digest(a) == same and all(digest(other) != same for other in others)
+    assert digest(a[::2]) == digest(a[::2].contiguous())

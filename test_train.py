@@ -1,0 +1,253 @@
+"""The training script end to end, at a small size: files, schema, stages one by one, honesty of the scores."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from models import Encoder, Fusion, Student, TNet
+
+SMALL = ["--dim", "16", "--epochs", "2", "--device", "cpu"]
+METHODS = ["mtpkdot", "pkdot", "mse", "cosine", "task"]
+
+
+def run(capsys, *argv):
+    """Output of `train.py argv`; for a mistake, its one line on stderr."""
+    capsys.readouterr()
+    try:
+        train.main([str(a) for a in (*argv, *SMALL)])
+    except SystemExit as stop:
+        error = capsys.readouterr().err
+        assert stop.code == 2 and error.startswith("train.py: ") and error.count("\n") == 1, error
+        return error
+    return capsys.readouterr().out
+
+
+def two_view(path, n=120, regression=False, **more):
+    """Two noisy views of a class (or of two values)."""
+    rng = np.random.default_rng(0)
+    label = rng.uniform(-1, 1, (n, 2)) if regression else np.arange(n) % 3 + 4
+    mean = label @ rng.normal(size=(2, 6)) if regression else rng.normal(size=(3, 6))[label - 4]
+    views = {"visual": mean + rng.normal(size=(n, 6)), "privileged": mean + 0.3 * rng.normal(size=(n, 6))}
+    np.savez(path, label=label, **{k: v for k, v in {**views, **more}.items() if v is not None})
+    return path
+
+
+@pytest.fixture(scope="module")
+def digits_like(tmp_path_factory):
+    """A finished run of everything on three folds: (data file, run folder)."""
+    folder = tmp_path_factory.mktemp("run")
+    data = two_view(folder / "data.npz")
+    train.main(["--dataset", "features", "--data", str(data), "--out", str(folder / "out"), "--method", "all", "--folds", "3", *SMALL])
+    return data, folder / "out"
+
+
+def arguments(digits_like, out):
+    return ["--dataset", "features", "--data", digits_like[0], "--folds", 3, "--out", out]
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_results_have_the_promised_schema(digits_like):
+    got = results(digits_like[1])
+    assert list(got) == ["dataset", "task", "metric", "seed", "arguments", "folds", "mean", "stderr"]
+    assert (got["dataset"], got["task"], got["metric"], got["seed"]) == ("features", "classification", "accuracy", 0)
+    teachers = ["visual", "privileged", "joint", "joint_aligned", "adapted_visual", "adapted_privileged"]
+    assert [report["fold"] for report in got["folds"]] == [0, 1, 2]
+    for report in got["folds"]:
+        assert list(report) == ["fold", *teachers, "students", "teacher_picks"]
+        assert list(report["students"]) == METHODS
+        assert all(0 <= s["last"] <= s["best"] <= 1 for s in report["students"].values())
+        assert sum(report["teacher_picks"].values()) == 2  # one batch an epoch, two epochs
+    for name in teachers:
+        values = [report[name] for report in got["folds"]]
+        assert abs(got["mean"][name] - np.mean(values)) < 1e-12
+        assert abs(got["stderr"][name] - np.std(values, ddof=1) / np.sqrt(3)) < 1e-12
+    assert set(got["mean"]["students"]["pkdot"]) == {"best", "last"}
+
+
+def test_history_has_a_row_a_stage_and_epoch(digits_like):
+    rows = list(csv.DictReader((digits_like[1] / "history.csv").open()))
+    models = [("teachers", m) for m in ("visual", "privileged", "joint", "tnet")] + [("align", "align")]
+    models += [("student", m) for m in METHODS]
+    want = [(str(f), s, m, str(e)) for f in range(3) for s, m in models for e in (1, 2)]
+    assert [(r["fold"], r["stage"], r["model"], r["epoch"]) for r in rows] == want
+    assert all(np.isfinite(float(r["loss"])) and np.isfinite(float(r["score"])) for r in rows)
+    mtpkdot = [r for r in rows if r["model"] == "mtpkdot"]
+    for r in mtpkdot:
+        total = 0.8 * float(r["task"]) + 0.2 * float(r["ot"]) + 0.2 * float(r["centroid"])
+        assert abs(float(r["loss"]) - total) < 1e-5
+
+
+def test_scores_are_those_of_the_saved_students(digits_like):
+    """Accuracy recomputed from the file of weights, by hand, on rows that were not trained on."""
+    data = np.load(digits_like[0])
+    held_out = []
+    for report in results(digits_like[1])["folds"]:
+        saved = torch.load(digits_like[1] / f"fold{report['fold']}/student_mtpkdot.pt", weights_only=True)
+        net = Student(Encoder(6, 16), TNet(16), Fusion(16, 3)).eval()
+        net.load_state_dict(saved["weights"])
+        rows = saved["val"].numpy()
+        held_out.extend(rows)
+        mean, std = (np.delete(data["visual"], rows, axis=0).astype(np.float32).__getattribute__(f)(0) for f in ("mean", "std"))
+        assert np.allclose(net.encoder.mean, mean, atol=1e-5) and np.allclose(net.encoder.std, std, rtol=1e-5)
+        prediction = net(torch.tensor(data["visual"][rows], dtype=torch.float32))[1].argmax(1).numpy() + 4
+        assert (prediction == data["label"][rows]).mean() == report["students"]["mtpkdot"]["best"]
+    assert sorted(held_out) == list(range(len(data["label"])))
+
+
+def test_table_shows_every_row(digits_like, capsys):
+    out = run(capsys, *arguments(digits_like, digits_like[1]), "--stage", "student", "--method", "task")
+    for name in ("visual only", "privileged only", "joint teacher", "adapted visual teacher", "adapted privileged teacher"):
+        assert name in out
+    assert all(f"student {m}" in out for m in METHODS) and "Teacher that mtpkdot picked" in out
+    assert f"{100 * results(digits_like[1])['mean']['joint']:.1f}" in out
+
+
+def test_same_seed_same_results_and_stages_one_by_one(digits_like, tmp_path, capsys):
+    base = arguments(digits_like, tmp_path)
+    for stage in ("teachers", "align"):
+        run(capsys, *base, "--stage", stage)
+    for method in reversed(METHODS):
+        for fold in (2, 0, 1):
+            run(capsys, *base, "--stage", "student", "--method", method, "--fold", fold)
+    whole, pieces = results(digits_like[1]), results(tmp_path)
+    for part in ("folds", "mean", "stderr"):
+        assert whole[part] == pieces[part]
+    assert (tmp_path / "history.csv").read_text() == (digits_like[1] / "history.csv").read_text()
+    run(capsys, *arguments(digits_like, tmp_path / "again"), "--method", "all")
+    again = (tmp_path / "again" / "results.json").read_text()
+    run(capsys, *arguments(digits_like, tmp_path / "twice"), "--method", "all")
+    assert again == (tmp_path / "twice" / "results.json").read_text()
+    run(capsys, *arguments(digits_like, tmp_path / "again"), "--seed", 1)
+    assert results(tmp_path / "again")["folds"] != whole["folds"]
+
+
+def test_eval_needs_the_visual_view_only(digits_like, tmp_path, capsys):
+    data = dict(np.load(digits_like[0]))
+    np.savez(tmp_path / "faces.npz", visual=data["visual"], label=data["label"])
+    before = (digits_like[1] / "results.json").read_bytes()
+    out = run(capsys, "--stage", "eval", "--dataset", "features", "--data", tmp_path / "faces.npz",
+              "--out", digits_like[1], "--method", "all")  # fmt: skip
+    assert "validation rows of its own data" in out and (digits_like[1] / "results.json").read_bytes() == before
+    scored = json.loads((digits_like[1] / "eval.json").read_text())
+    for mine, theirs in zip(scored["folds"], results(digits_like[1])["folds"]):
+        assert mine["students"] == {m: s["best"] for m, s in theirs["students"].items()}
+
+
+def test_eval_on_other_data_scores_every_row_with_the_trained_classes(digits_like, tmp_path, capsys):
+    data = dict(np.load(digits_like[0]))
+    keep = data["label"] == 6  # one class only, which is the third of the student's
+    np.savez(tmp_path / "one.npz", visual=data["visual"][keep], label=data["label"][keep])
+    base = ["--stage", "eval", "--dataset", "features", "--out", digits_like[1], "--data"]
+    assert "40 all rows of other data" in run(capsys, *base, tmp_path / "one.npz")
+    scored = json.loads((digits_like[1] / "eval.json").read_text())
+    saved = torch.load(digits_like[1] / "fold0/student_mtpkdot.pt", weights_only=True)
+    net = Student(Encoder(6, 16), TNet(16), Fusion(16, 3)).eval()
+    net.load_state_dict(saved["weights"])
+    hits = net(torch.tensor(data["visual"][keep], dtype=torch.float32))[1].argmax(1) == 2
+    assert scored["folds"][0]["students"]["mtpkdot"] == hits.double().mean().item()
+    np.savez(tmp_path / "odd.npz", visual=data["visual"], label=data["label"] + 1)
+    assert "knows the labels [4, 5, 6]; the data has [7]" in run(capsys, *base, tmp_path / "odd.npz")
+    np.savez(tmp_path / "wide.npz", visual=np.ones((4, 7)), label=np.array([4, 5, 4, 5]))
+    assert "input shape [6]" in run(capsys, *base, tmp_path / "wide.npz")
+    np.savez(tmp_path / "float.npz", visual=np.ones((4, 6)), label=np.ones((4, 2)))
+    assert "the data is regression" in run(capsys, *base, tmp_path / "float.npz")
+
+
+def test_regression_by_person_scores_ccc(tmp_path, capsys):
+    data = two_view(tmp_path / "d.npz", regression=True, group=np.arange(120) // 10)
+    out = run(capsys, "--dataset", "features", "--data", data, "--out", tmp_path / "out", "--folds", 2)
+    got = results(tmp_path / "out")
+    assert (got["task"], got["metric"]) == ("regression", "ccc")
+    assert set(got["mean"]["joint"]) == set(got["stderr"]["joint"]) == {"valence", "arousal", "mean"}
+    best = got["folds"][0]["students"]["mtpkdot"]["best"]
+    assert abs(best["mean"] - (best["valence"] + best["arousal"]) / 2) < 1e-12 and "CCC of valence/arousal" in out
+
+
+def test_synthetic_is_the_default_and_its_split_gives_no_standard_error(tmp_path, capsys):
+    run(capsys, "--out", tmp_path, "--batch-size", 512)
+    got = results(tmp_path)
+    assert got["dataset"] == "synthetic" and len(got["folds"]) == 1 and got["stderr"]["visual"]["mean"] is None
+    run(capsys, "--out", tmp_path, "--stage", "eval")
+    assert json.loads((tmp_path / "eval.json").read_text())["mean"]["students"]["mtpkdot"] == got["mean"]["students"]["mtpkdot"]["best"]
+
+
+def test_missing_or_foreign_stages_are_named(digits_like, tmp_path, capsys):
+    base = arguments(digits_like, tmp_path)
+    assert "fold0/teachers.pt is missing: run --stage teachers first" in run(capsys, *base, "--stage", "align")
+    assert "fold0/teachers.pt is missing" in run(capsys, *base, "--stage", "student", "--method", "task")
+    assert "results.json is missing: run --stage student first" in run(capsys, *base, "--stage", "eval")
+    run(capsys, *base, "--stage", "teachers")
+    assert "fold0/align.pt is missing: run --stage align first" in run(capsys, *base, "--stage", "student")
+    assert "run --stage student --method mtpkdot first" in run(capsys, *base, "--stage", "eval")
+    run(capsys, *base, "--stage", "student", "--method", "task")  # needs no alignment
+    assert "was made from other data" in run(capsys, *base, "--stage", "align", "--seed", 1)
+    run(capsys, *base, "--stage", "align")
+    run(capsys, *base, "--stage", "teachers", "--lr-backbone", 0.1)
+    assert "align.pt was made from other" in run(capsys, *base, "--stage", "student")
+    assert "students" in results(tmp_path)["folds"][0] and not results(tmp_path)["folds"][0]["students"]  # stale: left out
+    (tmp_path / "fold0" / "teachers.pt").write_bytes(b"not a checkpoint")
+    assert "fold0/teachers.pt: cannot be read" in run(capsys, *base, "--stage", "align")
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--dataset", "imagenet"], "--dataset: invalid choice"),
+        (["--dataset", "features"], "needs --data FILE.npz"),
+        (["--dataset", "features", "--data", "nowhere.npz"], "nowhere.npz: no such file"),
+        (["--dataset", "affwild2"], "data/affwild2"),
+        (["--dataset", "biovid"], "data/biovid"),
+        (["--fold", "1"], "--fold: the folds are 0 to 0"),
+        (["--folds", "25"], "24 people, too few for 25 folds"),
+        (["--folds", "1"], "--folds: 1 is not at least 2"),
+        (["--batch-size", "0"], "--batch-size: 0 is not at least 1"),
+        (["--batch-size", "many"], "--batch-size: invalid int value"),
+        (["--eps", "0"], "--eps: 0 is not above 0"),
+        (["--lr-student", "nan"], "--lr-student: nan is not above 0"),
+        (["--w-ot", "-1"], "--w-ot: -1 is not at least 0"),
+        (["--w-align", "2"], "--w-align: 2.0 is above 1"),
+        (["--bogus"], "unrecognized arguments: --bogus"),
+        (["--lr-backbone", "1e30"], "the loss is not finite"),
+        (["--out", "/proc/nowhere"], "cannot be written"),
+    ],
+)
+def test_mistakes_get_one_line(argv, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert message in run(capsys, *argv)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--device", "cuda", "--out", str(tmp_path)])
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_as_a_script_it_is_quiet_off_a_terminal_and_exits_2(tmp_path):
+    script, env = Path(train.__file__), {**os.environ, "PYTHONWARNINGS": "error::DeprecationWarning"}
+    done = subprocess.run([sys.executable, script, "--out", "o", "--batch-size", "512", *SMALL],
+                          cwd=tmp_path, env=env, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0 and "it/s" not in done.stderr, done.stderr
+    assert done.stdout.count("  epoch ") == 6 * 2 and "visual only" in done.stdout
+    done = subprocess.run([sys.executable, script, "--dim", "15"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_three_stages_on_cuda(digits_like, tmp_path, capsys):
+    base = arguments(digits_like, tmp_path)
+    train.main([str(a) for a in (*base, "--method", "all", *SMALL[:-1], "cuda")])
+    mean, cpu = results(tmp_path)["mean"], results(digits_like[1])["mean"]
+    assert abs(mean["joint"] - cpu["joint"]) < 0.15
+    run(capsys, *base, "--stage", "eval", "--method", "all")  # a student trained on CUDA serves on the CPU
