@@ -230,7 +230,8 @@ def _checked_fold(data, i, held_out):
     if data.task == "classification":
         absent = np.setdiff1d(np.arange(len(data.names)), data.label[train].numpy())
         if len(absent):
-            raise ValueError(f"fold {i} has no training row of class {data.names[absent[0]]}: try other --folds or --seed")
+            absent = data.names[absent[0]]
+            raise ValueError(f"fold {i} has no training row of class {absent}: try other --folds or --seed")
     return train, val
 
 

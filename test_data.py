@@ -9,8 +9,8 @@ from data import digest, features, folds, load, synthetic
 
 def arrays(n=40, classes=4, **more):
     rng = np.random.default_rng(0)
-    base = {"visual": rng.normal(size=(n, 5)), "privileged": rng.normal(size=(n, 2, 3)), "label": np.arange(n) % classes}
-    return {**base, **more}
+    views = {"visual": rng.normal(size=(n, 5)), "privileged": rng.normal(size=(n, 2, 3))}
+    return {**views, "label": np.arange(n) % classes, **more}
 
 
 def written(tmp_path, **keys):
@@ -176,7 +176,8 @@ def test_the_data_sets_own_split_stands_unless_folds_are_asked_for(tmp_path):
 
 
 def test_folds_that_cannot_be_trained_on_are_named(tmp_path):
-    data = features(written(tmp_path, **arrays(label=np.array([0, 1] * 19 + [5, 5]), split=np.array(["train"] * 38 + ["val"] * 2))))
+    last_two = np.array(["train"] * 38 + ["val"] * 2)
+    data = features(written(tmp_path, **arrays(label=np.array([0, 1] * 19 + [5, 5]), split=last_two)))
     with pytest.raises(ValueError, match="fold 0 has no training row of class 5"):
         folds(data)
     data = features(written(tmp_path, **arrays(split=np.array(["train"] * 40))))

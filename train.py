@@ -25,6 +25,7 @@ import math
 import os
 import statistics
 import sys
+import tempfile
 import warnings
 import zlib
 from pathlib import Path
@@ -41,16 +42,18 @@ VIEWS = ("visual", "privileged")
 METHODS = ("mtpkdot", "pkdot", "mse", "cosine", "task")
 CHUNK = 4096  # rows of a forward pass where nothing is trained
 
+# Defaults of the options --epochs-NAME, --lr-NAME and --w-NAME. Source: released code, but for backbone, joint,
+# feature and the epochs of T-Net, which are ours.
 EPOCHS = {"backbone": 30, "joint": 20, "tnet": 30, "align": 10, "student": 10, "pkdot": 20}
 RATES = {"backbone": 1e-3, "joint": 1e-4, "tnet": 5e-5, "adapter": 5e-3, "fusion": 1e-4, "student": 5e-4, "pkdot": 1e-4}
-WEIGHTS = {
-    "align": (0.5, "stage 2: of the cosine distances; the tasks get the rest"),
-    "head": (0.5, "stage 2: of each adapted head's task, within the tasks"),
-    "task": (0.8, "student: of the task"),
-    "ot": (0.2, "student: of the optimal transport"),
-    "centroid": (0.2, "student: of the centroid term"),
-    "pkdot-ot": (0.6, "pkdot: of the optimal transport"),
-    "feature": (1.0, "mse and cosine: of the distance to the joint embedding"),
+WEIGHTS = {"align": 0.5, "head": 0.5, "task": 0.8, "ot": 0.2, "centroid": 0.2, "pkdot-ot": 0.6, "feature": 1.0}
+LABELS = {
+    "visual": "visual only",
+    "privileged": "privileged only",
+    "joint": "joint teacher",
+    "joint_aligned": "joint teacher, aligned",
+    "adapted_visual": "adapted visual teacher",
+    "adapted_privileged": "adapted privileged teacher",
 }
 
 
@@ -102,8 +105,8 @@ def options(argv=None):
         add(f"--epochs-{name}", type=count, default=epochs, metavar="N", help=f"default {epochs}")
     for name, value in RATES.items():
         add(f"--lr-{name}", type=rate, default=value, metavar="X", help=f"Adam's learning rate (default {value:g})")
-    for name, (value, text) in WEIGHTS.items():
-        add(f"--w-{name}", type=weight, default=value, metavar="X", help=f"weight in {text} (default {value})")
+    for name, value in WEIGHTS.items():
+        add(f"--w-{name}", type=weight, default=value, metavar="X", help=f"weight of a loss term (default {value})")
 
     args = parser.parse_args(argv)
     if args.dim % 2:
@@ -146,9 +149,9 @@ def stage_file(args, fold, name):
     return args.out / f"fold{fold}" / f"{name}.pt"
 
 
-def read(path, device="cpu"):
+def read(path):
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged file can raise anything; its reader needs the name
         fail(f"{path}: cannot be read, run that stage again ({type(error).__name__})")
 
@@ -158,7 +161,7 @@ def earlier(args, fold, stage, key):
     path = stage_file(args, fold, stage)
     if not path.exists():
         fail(f"{path} is missing: run --stage {stage} first, with the same data, --folds, --seed and --out")
-    saved = read(path, args.device)
+    saved = read(path)
     if saved["key"] != key:
         fail(f"{path} was made from other data, --folds, --seed, --dim or teachers: run --stage {stage} again")
     return saved
@@ -405,7 +408,7 @@ def evaluate(args, data, fold, method):
     """Score a saved student on visual input: on its fold's validation rows where `data` is what it was trained
     with, on every row otherwise."""
     path = stage_file(args, fold, f"student_{method}")
-    saved = read(path, args.device)
+    saved = read(path)
     shape, names = list(data.visual.shape[1:]), saved["names"]
     if (shape, data.task) != (saved["input_shape"], saved["task"]):
         fail(f"{path} is for {saved['task']} of input shape {saved['input_shape']}; the data is {data.task} of {shape}")
@@ -416,8 +419,8 @@ def evaluate(args, data, fold, method):
     if digest(data.visual, data.label) == saved["trained_on"]:
         rows, kind = saved["val"].to(args.device), "validation rows of its own data"
     if data.task == "classification":
-        theirs = torch.tensor([names.index(name) for name in data.names], device=args.device)
-        data = data._replace(label=theirs[data.label])
+        index = torch.tensor([names.index(name) for name in data.names], device=args.device)
+        data = data._replace(label=index[data.label])
     network = Student(Encoder(math.prod(shape), saved["dim"]), TNet(saved["dim"]), Fusion(saved["dim"], len(names)))
     network = restored(network, saved["weights"], args)
     print(f"fold {fold}  {method:<10}  {len(rows)} {kind}")
@@ -425,21 +428,21 @@ def evaluate(args, data, fold, method):
 
 
 def evaluate_run(args, data, methods):
-    """Score the students that results.json lists."""
+    """Score the students that results.json lists, and write eval.json."""
     path = args.out / "results.json"
     if not path.exists():
         fail(f"{path} is missing: run --stage student first, with the same --out")
-    listed = [r for r in json.loads(path.read_text())["folds"] if args.fold in (None, r["fold"])]
-    methods = [m for m in methods if any(m in r["students"] for r in listed)]
-    if not methods:
-        fail(f"{path} lists no trained student {args.method}: run --stage student --method {args.method} first")
-    reports = [
-        {"fold": r["fold"], "students": {m: evaluate(args, data, r["fold"], m) for m in methods if m in r["students"]}}
-        for r in listed
-    ]
+    reports = []
+    for listed in json.loads(path.read_text())["folds"]:
+        present = [method for method in methods if method in listed["students"]]
+        if present and args.fold in (None, listed["fold"]):
+            scores = {method: evaluate(args, data, listed["fold"], method) for method in present}
+            reports.append({"fold": listed["fold"], "students": scores})
+    if not reports:
+        fail(f"{path} lists no such student: run --stage student --method {args.method} first")
     write(args.out / "eval.json", json.dumps({"folds": reports, **summary(reports)}, indent=2) + "\n")
-    rows = [(f"student {m}", ("students", m)) for m in methods]
-    show(rows, reports, f"Scores: {unit(data)}, from visual input alone. Saved in {args.out}/eval.json.")
+    show([{"fold": r["fold"], **{f"student {m}": s for m, s in r["students"].items()}} for r in reports])
+    print(f"Scores: {unit(data)}, from visual input alone. Saved in {args.out}/eval.json.")
 
 
 # ---- reporting --------------------------------------------------------------------------------------
@@ -511,39 +514,27 @@ def cell(value):
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def show(rows, reports, footer):
-    """Print a line for each (label, path of keys) that some report has: a column a fold, mean and standard error."""
-
-    def at(tree, path):
-        for key in path:
-            tree = tree.get(key, {}) if isinstance(tree, dict) else {}
-        return None if tree == {} else tree
-
-    total = summary(reports)
-    lines = [["", *(f"fold {report['fold']}" for report in reports), "mean", "s.e."]]
-    for label, path in rows:
-        if at(total["mean"], path) is not None:
-            lines.append([label, *(cell(at(tree, path)) for tree in (*reports, total["mean"], total["stderr"]))])
+def show(folds):
+    """Print a table from one dict {"fold": number, label: score, ...} a fold: a column each, mean, standard error."""
+    mean, stderr = summary(folds).values()
+    lines = [["", *(f"fold {fold['fold']}" for fold in folds), "mean", "s.e."]]
+    lines += [[label, *(cell(column.get(label)) for column in (*folds, mean, stderr))] for label in mean]
     widths = [max(map(len, column)) for column in zip(*lines)]
     print()
     for label, *cells in lines:
         print("  ".join([label.ljust(widths[0]), *(text.rjust(width) for text, width in zip(cells, widths[1:]))]))
-    print(footer)
 
 
 def show_results(args, data, results):
-    rows = [
-        ("visual only", ("visual",)),
-        ("privileged only", ("privileged",)),
-        ("joint teacher", ("joint",)),
-        ("joint teacher, aligned", ("joint_aligned",)),
-        ("adapted visual teacher", ("adapted_visual",)),
-        ("adapted privileged teacher", ("adapted_privileged",)),
-    ]
-    for method in METHODS:
-        rows += [(f"student {method}", ("students", method, "best")), ("  last epoch", ("students", method, "last"))]
-    show(rows, results["folds"], f"Scores: {unit(data)} on validation rows; s.e.: standard error over the folds.")
-    print("The best epoch is chosen on the rows that are scored, the paper's protocol; students also show their last.")
+    folds = []
+    for report in results["folds"]:
+        fold = {"fold": report["fold"], **{label: report[key] for key, label in LABELS.items() if key in report}}
+        for method, scores in report["students"].items():
+            fold |= {f"student {method}": scores["best"], f"student {method}, last epoch": scores["last"]}
+        folds.append(fold)
+    show(folds)
+    print(f"Scores: {unit(data)} on validation rows; s.e.: standard error over the folds. Unless it says last epoch,")
+    print("the best epoch is shown, chosen on the very rows that are scored: the paper's protocol, and optimistic.")
     picks = results["mean"].get("teacher_picks")
     if picks:
         shares = ", ".join(f"{name.replace('_', ' ')} {n / sum(picks.values()):.0%}" for name, n in picks.items())
@@ -571,10 +562,13 @@ def main(argv=None):
     if args.fold is not None and args.fold >= len(parts):
         fail(f"argument --fold: the folds are 0 to {len(parts) - 1}")
     parts = [tuple(torch.from_numpy(rows).to(args.device) for rows in part) for part in parts]
-    write(args.out / "arguments.json", json.dumps(vars(args), default=str, indent=2) + "\n")
-    for fold, (train, val) in enumerate(parts):
-        if args.fold not in (None, fold):
-            continue
+    try:  # better before hours of training than after
+        args.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
+    except OSError as error:
+        fail(f"argument --out: {args.out} cannot be written ({error.strerror})")
+    for fold in range(len(parts)) if args.fold is None else [args.fold]:
+        train, val = parts[fold]
         key = key_of(args, data, train)
         if args.stage in ("all", "teachers"):
             teachers(args, data, fold, train, val, key)
@@ -582,7 +576,8 @@ def main(argv=None):
             align(args, data, fold, train, val, key)
         for method in methods if args.stage in ("all", "student") else ():
             student(args, data, fold, train, val, key, method)
-    show_results(args, data, collect(args, data, parts))
+        results = collect(args, data, parts)
+    show_results(args, data, results)
 
 
 if __name__ == "__main__":
