@@ -50,10 +50,10 @@ def mmd(x, y, kernels=5):
     """Squared maximum mean discrepancy of two samples (B, D), biased (>= 0), with several Gaussian kernels.
 
     Bandwidths double from one kernel to the next and are centred on the mean squared distance of the
-    pooled sample. Source: released code.
+    pooled sample, through which no gradient flows. Source: released code.
     """
     z = torch.cat([x, y])
-    squared = ((z.unsqueeze(0) - z.unsqueeze(1)) ** 2).sum(-1)
+    squared = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist") ** 2
     bandwidth = squared.detach().sum() / (len(z) ** 2 - len(z))
     bandwidth = bandwidth.clamp_min(torch.finfo(z.dtype).tiny)
     kernel = sum(torch.exp(-squared / (bandwidth * 2.0 ** (i - kernels // 2))) for i in range(kernels))

@@ -200,6 +200,10 @@ def test_missing_or_foreign_stages_are_named(digits_like, tmp_path, capsys):
     assert results(tmp_path)["folds"][0]["students"] == {}  # the old one did not have these teachers
     (tmp_path / "fold0" / "teachers.pt").write_bytes(b"not a checkpoint")
     assert "fold0/teachers.pt: cannot be read" in run(capsys, *base, "--stage", "align")
+    torch.save({"somebody": "else's"}, tmp_path / "fold0" / "teachers.pt")
+    assert "fold0/teachers.pt: cannot be read" in run(capsys, *base, "--stage", "align")
+    (tmp_path / "results.json").write_text("{")
+    assert "results.json is damaged" in run(capsys, *base, "--stage", "eval")
 
 
 @pytest.mark.parametrize(

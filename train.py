@@ -151,8 +151,9 @@ def stage_file(args, fold, name):
 
 def read(path):
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged file can raise anything; its reader needs the name
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return {"key": saved["key"], **saved}
+    except Exception as error:  # a damaged or foreign file can raise anything; its reader needs the name
         fail(f"{path}: cannot be read, run that stage again ({type(error).__name__})")
 
 
@@ -372,8 +373,8 @@ def student(args, data, fold, train, val, key, method):
             chosen = mtpkdot.choose_teacher(losses).view(1)
             picks.index_add_(0, chosen, torch.ones_like(chosen))
             z_t = z_teachers[:, rows].index_select(0, chosen)[0]
-            weights = (args.w_task, args.w_ot, args.w_centroid)
-            return mtpkdot.student_loss(prediction, label, z_s, z_t, *weights, **transport)
+            w = (args.w_task, args.w_ot, args.w_centroid)
+            return mtpkdot.student_loss(prediction, label, z_s, z_t, *w, **transport)
         if method == "pkdot":
             return mtpkdot.pkdot_loss(prediction, label, z_s, z_j[rows], args.w_pkdot_ot, **transport)
         if method == "task":
@@ -432,12 +433,15 @@ def evaluate_run(args, data, methods):
     path = args.out / "results.json"
     if not path.exists():
         fail(f"{path} is missing: run --stage student first, with the same --out")
+    try:
+        trained = {report["fold"]: list(report["students"]) for report in json.loads(path.read_text())["folds"]}
+    except (ValueError, KeyError, TypeError):
+        fail(f"{path} is damaged: run --stage student again")
     reports = []
-    for listed in json.loads(path.read_text())["folds"]:
-        present = [method for method in methods if method in listed["students"]]
-        if present and args.fold in (None, listed["fold"]):
-            scores = {method: evaluate(args, data, listed["fold"], method) for method in present}
-            reports.append({"fold": listed["fold"], "students": scores})
+    for fold in trained if args.fold is None else [args.fold]:
+        present = [method for method in methods if method in trained.get(fold, ())]
+        if present:
+            reports.append({"fold": fold, "students": {m: evaluate(args, data, fold, m) for m in present}})
     if not reports:
         fail(f"{path} lists no such student: run --stage student --method {args.method} first")
     write(args.out / "eval.json", json.dumps({"folds": reports, **summary(reports)}, indent=2) + "\n")
