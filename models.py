@@ -1,6 +1,8 @@
 """The networks of MT-PKDOT, smallest first. Nothing here knows of data sets, losses or files.
 
-    Encoder   input of one modality -> embedding z (B, D)      the backbone of a feature-vector data set
+    Encoder   feature vector -> embedding z (B, D)
+    ResNet18  one-channel spectrogram -> embedding z (B, D)    torchvision's resnet18, name by name
+    R3D18     clip of frames -> embedding z (B, D)             torchvision's r3d_18, name by name
     Head      embedding -> prediction
     Adapter   single-modality embedding -> the space of the joint embedding
     TNet      visual embedding -> hallucinated privileged embedding
@@ -40,6 +42,122 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         return self.layers((x.flatten(1) - self.mean) / self.std)
+
+
+# ---- backbones for raw input --------------------------------------------------------------------------
+
+
+class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions and a shortcut, (B, C, H, W) -> (B, C', H / stride, W / stride)."""
+
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        if stride > 1 or inputs != outputs:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        else:
+            self.downsample = nn.Identity()
+
+    def forward(self, x):
+        out = self.bn1(self.conv1(x)).relu()
+        return (self.bn2(self.conv2(out)) + self.downsample(x)).relu()
+
+
+class ResidualBlock3d(nn.Module):
+    """Two 3 x 3 x 3 convolutions and a shortcut, (B, C, T, H, W) -> (B, C', T / stride, H / stride, W / stride)."""
+
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        first, second = (
+            nn.Conv3d(inputs, outputs, 3, stride, 1, bias=False),
+            nn.Conv3d(outputs, outputs, 3, 1, 1, bias=False),
+        )
+        self.conv1 = nn.Sequential(first, nn.BatchNorm3d(outputs), nn.ReLU())
+        self.conv2 = nn.Sequential(second, nn.BatchNorm3d(outputs))
+        if stride > 1 or inputs != outputs:
+            self.downsample = nn.Sequential(nn.Conv3d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm3d(outputs))
+        else:
+            self.downsample = nn.Identity()
+
+    def forward(self, x):
+        return (self.conv2(self.conv1(x)) + self.downsample(x)).relu()
+
+
+class Residual18(nn.Module):
+    """What both 18-layer networks share: four stages of two blocks, the mean over all positions, a linear layer.
+
+    `width` is that of the first stage, 64 at full size; each later stage doubles it and halves the resolution.
+    Initial weights as torchvision's (He et al., fan out), so that a run from scratch starts alike.
+    """
+
+    def __init__(self, block, dim, width):
+        super().__init__()
+        for stage, stride in enumerate((1, 2, 2, 2)):
+            inputs, outputs = (width * 2 ** max(stage - 1, 0), width * 2**stage)
+            layer = nn.Sequential(block(inputs, outputs, stride), block(outputs, outputs, 1))
+            self.add_module(f"layer{stage + 1}", layer)
+        self.fc = nn.Linear(8 * width, dim)
+
+    def initialise(self):
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x):
+        x = self.layer4(self.layer3(self.layer2(self.layer1(self.stem_of(x)))))
+        return self.fc(x.flatten(2).mean(-1))
+
+
+class ResNet18(Residual18):
+    """Backbone of a spectrogram, (B, channels, H, W) -> (B, dim). Source: released code; He et al. (2016)."""
+
+    def __init__(self, dim=DIM, width=64, channels=1):
+        super().__init__(ResidualBlock, dim, width)
+        self.conv1 = nn.Conv2d(channels, width, 7, 2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.initialise()
+
+    def stem_of(self, x):
+        return nn.functional.max_pool2d(self.bn1(self.conv1(x)).relu(), 3, 2, padding=1)
+
+
+class R3D18(Residual18):
+    """Backbone of a video clip, (B, 3, T, H, W) -> (B, dim). Source: released code; Tran et al. (2018)."""
+
+    def __init__(self, dim=DIM, width=64):
+        super().__init__(ResidualBlock3d, dim, width)
+        conv = nn.Conv3d(3, width, (3, 7, 7), (1, 2, 2), padding=(1, 3, 3), bias=False)
+        self.stem = nn.Sequential(conv, nn.BatchNorm3d(width), nn.ReLU())
+        self.initialise()
+
+    def stem_of(self, x):
+        return self.stem(x)
+
+
+def load_published(network, published):
+    """Load torchvision's state dict of resnet18 or r3d_18 into ours, all but the last layer, which stays ours.
+
+    A first layer of three channels is summed to one where ours has one. Counters of batches, which old files lack,
+    may be missing. Raises ValueError that lists every other missing, unexpected or ill-shaped key.
+    """
+    published = {name: t for name, t in published.items() if not name.startswith("fc.")}
+    own = {name: t for name, t in network.state_dict().items() if not name.startswith("fc.")}
+    stem = published.get("conv1.weight")
+    if stem is not None and stem.dim() == 4 and own.get("conv1.weight", stem).shape[1] == 1:
+        published["conv1.weight"] = stem.sum(1, keepdim=True)
+    wrong = [f"missing {name}" for name in own if name not in published and not name.endswith("num_batches_tracked")]
+    wrong += [f"unexpected {name}" for name in published if name not in own]
+    shapes = [(name, tuple(published[name].shape), tuple(own[name].shape)) for name in own if name in published]
+    wrong += [f"{name} of shape {theirs}, not {ours}" for name, theirs, ours in shapes if theirs != ours]
+    if wrong:
+        raise ValueError(f"not the published weights of {type(network).__name__}: {'; '.join(wrong)}")
+    network.load_state_dict(published, strict=False)
+
+
+# ---- parts of teachers and student --------------------------------------------------------------------
 
 
 class Head(nn.Linear):
