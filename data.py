@@ -4,31 +4,46 @@
     load         name and path -> TwoView
     features     a .npz file of feature vectors (any two views of anything)
     synthetic    the embedded default: people, clips in time, valence and arousal
+    Frames, Sounds, Signals   views that are read from their files when a batch asks for them
+    affwild2     valence and arousal of faces, with the voice; as its holders ship it
+    biovid       pain of faces, with a physiological signal; as its holders ship it
     folds        TwoView -> training and validation rows, by person where people are known
 
-Whatever is wrong with a file raises ValueError with one line that names the file and, where there is one,
+Whatever is wrong with a file raises DataError with one line that names the file and, where there is one,
 the row.
 """
 
 import hashlib
+import math
+import os
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.io import wavfile
+from scipy.signal import resample_poly, spectrogram
+from torch.utils.data import DataLoader, Dataset
 
 DEFAULT_FOLDS = 5
-RAW = {
-    "affwild2": "data/affwild2 (annotations/, cropped_aligned/, audio/)",
-    "biovid": "data/biovid (frames/, biosignals_filtered/)",
-}
+SAMPLE_RATE = 44_100  # of the sound that log_mel takes, in Hz
+SIGNAL_RATE = 512  # of BioVid's signals, in Hz
+BIOVID_LEVELS = ("BL1", "PA1", "PA2", "PA3", "PA4")
+BIOVID_SIGNALS = ("gsr", "ecg", "emg_trapezius", "emg_corrugator", "emg_zygomaticus")
+
+
+class DataError(ValueError):
+    """Something is wrong with the data; the message is one line for the person whose data it is."""
 
 
 class TwoView(NamedTuple):
-    """N clips in memory. Integer labels make a classification, float labels a regression."""
+    """N clips. Integer labels make a classification, float labels a regression."""
 
-    visual: torch.Tensor  # (N, ...) float32
-    privileged: torch.Tensor | None  # (N, ...) float32; None where only a student will be scored
+    visual: torch.Tensor | Dataset  # (N, ...) float32, or Frames
+    privileged: (
+        torch.Tensor | Dataset | None
+    )  # (N, ...) float32, Sounds or Signals; None where only a student is scored
     label: torch.Tensor  # (N,) int64 in 0 .. len(names) - 1, or (N, len(names)) float32
     names: list  # the class values as they stand in the file, or the names of the regressed columns
     group: np.ndarray | None  # (N,) int: the person of each clip; None where unknown
@@ -39,15 +54,17 @@ class TwoView(NamedTuple):
         return "regression" if self.label.dtype.is_floating_point else "classification"
 
 
-def load(dataset, path=None, seed=0, need_privileged=True):
-    """The TwoView of a data set by name. path is its file; seed makes the synthetic one."""
+def load(dataset, path=None, seed=0, need_privileged=True, stride=1, levels=("BL1", "PA4"), signal="emg_corrugator"):
+    """The TwoView of a data set by name. path is its file or folder; seed makes the synthetic one."""
     if dataset == "synthetic":
         return synthetic(seed)
-    if dataset == "features":
-        if path is None:
-            raise ValueError("--dataset features needs --data FILE.npz with visual, privileged and label")
-        return features(path, need_privileged)
-    raise ValueError(f"{dataset} cannot be read yet; its data will go to {RAW[dataset]}")
+    if dataset == "affwild2":
+        return affwild2(path or "data/affwild2", need_privileged, stride)
+    if dataset == "biovid":
+        return biovid(path or "data/biovid", need_privileged, levels, signal)
+    if path is None:
+        raise DataError("--dataset features needs --data FILE.npz with visual, privileged and label")
+    return features(path, need_privileged)
 
 
 # ---- feature files ----------------------------------------------------------------------------------
@@ -66,11 +83,11 @@ def features(path, need_privileged=True):
     wanted = ["visual", "label"] + ["privileged"] * need_privileged
     missing = [key for key in wanted if key not in arrays]
     if missing:
-        raise ValueError(f"{path}: no key {' or '.join(missing)}; it has {', '.join(sorted(arrays)) or 'none'}")
+        raise DataError(f"{path}: no key {' or '.join(missing)}; it has {', '.join(sorted(arrays)) or 'none'}")
     rows = {key: len(a) if a.ndim else 0 for key, a in arrays.items() if key in (*wanted, "group", "split")}
     if len(set(rows.values())) > 1 or rows["visual"] < 2:
         counts = ", ".join(f"{key} {n}" for key, n in rows.items())
-        raise ValueError(f"{path}: every key needs the same number of rows, at least 2, but they have {counts}")
+        raise DataError(f"{path}: every key needs the same number of rows, at least 2, but they have {counts}")
     label, names = _label(path, arrays["label"])
     return TwoView(
         visual=_numbers(path, "visual", arrays["visual"]),
@@ -84,24 +101,24 @@ def features(path, need_privileged=True):
 
 def _read_npz(path):
     if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file")
+        raise DataError(f"{path}: no such file")
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files}
     except Exception as error:  # a damaged archive can raise anything; its reader needs the name
         reason = str(error).split("\n")[0] or type(error).__name__
-        raise ValueError(f"{path}: not a .npz file of plain arrays ({reason})") from None
+        raise DataError(f"{path}: not a .npz file of plain arrays ({reason})") from None
 
 
 def _numbers(path, key, array):
     if array.dtype.kind not in "biuf" or array.size == 0:
-        raise ValueError(f"{path}: {key} must hold numbers, not {array.dtype} of shape {array.shape}")
+        raise DataError(f"{path}: {key} must hold numbers, not {array.dtype} of shape {array.shape}")
     with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which is refused below
         values = torch.from_numpy(array.astype(np.float32))
     values = values if values.dim() > 1 else values.unsqueeze(1)
     bad = ~values.flatten(1).isfinite().all(1)
     if bool(bad.any()):
-        raise ValueError(f"{path}: {key} row {int(bad.nonzero()[0])} holds NaN, infinite or too large values")
+        raise DataError(f"{path}: {key} row {int(bad.nonzero()[0])} holds NaN, infinite or too large values")
     return values
 
 
@@ -113,7 +130,7 @@ def _label(path, array):
         label = _numbers(path, "label", array)
         names = ["valence", "arousal"] if label.shape[1] == 2 else [str(i) for i in range(label.shape[1])]
         return label, names
-    raise ValueError(
+    raise DataError(
         f"{path}: label must be (N,) integers (classes) or (N, K) floats (regression), "
         f"not {array.dtype} of shape {array.shape}"
     )
@@ -121,17 +138,17 @@ def _label(path, array):
 
 def _group(path, array):
     if array.ndim != 1 or array.dtype.kind not in "biuSU":
-        raise ValueError(f"{path}: group must be (N,) integers or strings, not {array.dtype} of shape {array.shape}")
+        raise DataError(f"{path}: group must be (N,) integers or strings, not {array.dtype} of shape {array.shape}")
     return np.unique(array, return_inverse=True)[1]
 
 
 def _split(path, array):
     if array.ndim != 1:
-        raise ValueError(f"{path}: split must be (N,), not of shape {array.shape}")
+        raise DataError(f"{path}: split must be (N,), not of shape {array.shape}")
     split = array.astype(str)
     for row, value in enumerate(split):
         if value not in ("train", "val"):
-            raise ValueError(f'{path}: split row {row} is "{value}"; it must be "train" or "val"')
+            raise DataError(f'{path}: split row {row} is "{value}"; it must be "train" or "val"')
     return split == "train"
 
 
@@ -171,6 +188,319 @@ def synthetic(seed=0, people=24, clips=60, size=32):
     return TwoView(face, voice, label, ["valence", "arousal"], group, split=group % 3 > 0)
 
 
+# ---- raw views: read when asked for -------------------------------------------------------------------
+
+
+class Frames(Dataset):
+    """Clips of face frames. [i] -> (3, T, size, size) uint8.
+
+    Clip i is the files folders[of[i]] / pattern.format(number) for the T numbers of frames[i]. Only numbers are
+    kept, so that memory does not grow with the videos.
+    """
+
+    def __init__(self, folders, pattern, of, frames, size=112):
+        self.folders, self.pattern, self.of, self.frames, self.size = folders, pattern, of, frames, size
+
+    def __len__(self):
+        return len(self.of)
+
+    def __getitem__(self, i):
+        folder = self.folders[self.of[i]]
+        images = [self._image(folder / self.pattern.format(number)) for number in self.frames[i]]
+        return torch.from_numpy(np.stack(images, axis=1))
+
+    def key(self):
+        return [np.array([folder.name for folder in self.folders]), self.of, self.frames]
+
+    def _image(self, path):
+        try:
+            from PIL import Image
+        except ImportError:
+            raise DataError(f"{path}: reading JPEG files needs Pillow: pip install pillow") from None
+        try:
+            with Image.open(path) as image:
+                image = image.convert("RGB")
+                if image.size != (self.size, self.size):
+                    image = image.resize((self.size, self.size))
+                return np.asarray(image).transpose(2, 0, 1)
+        except Exception as error:  # a damaged image can raise anything; its reader needs the name
+            raise DataError(f"{path}: not a readable JPEG ({error})".replace("\n", " ")) from None
+
+
+class Sounds(Dataset):
+    """The second of sound before a moment of a video. [i] -> (1, 64, 107) log-mel spectrogram, float32.
+
+    Clip i ends at the fraction end[i], in 0 .. 1, of the wav file files[of[i]].
+    """
+
+    def __init__(self, files, of, end):
+        self.files, self.of, self.end = files, of, end
+
+    def __len__(self):
+        return len(self.of)
+
+    def __getitem__(self, i):
+        rate, samples = read_wav(self.files[self.of[i]])
+        stop = round(self.end[i] * len(samples))
+        sound = samples[max(stop - rate, 0) : stop]
+        sound = sound.mean(axis=1) if sound.ndim > 1 else sound.astype(np.float64)
+        kind = samples.dtype
+        if kind.kind in "iu":  # to [-1, 1]; 8 bit is unsigned around 128
+            sound = (sound - (128 if kind == np.uint8 else 0)) / 2.0 ** (8 * kind.itemsize - 1)
+        sound = np.pad(sound, (rate - len(sound), 0))
+        common = math.gcd(rate, SAMPLE_RATE)
+        return log_mel(torch.from_numpy(resample_poly(sound, SAMPLE_RATE // common, rate // common)))
+
+    def key(self):
+        return [np.array([file.name for file in self.files]), self.of, self.end]
+
+
+class Signals(Dataset):
+    """Spectrogram of a physiological signal between its seconds 2 and 5. [i] -> (1, 65, 128) power, float32.
+
+    Clip i is the column `signal` of the tab-separated file files[i], 512 Hz. Source: released code.
+    """
+
+    def __init__(self, files, signal):
+        self.files, self.signal = files, signal
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        path = self.files[i]
+        try:
+            with open(path) as file:
+                header = file.readline().split()
+                if self.signal not in header:
+                    raise DataError(f"{path}: no column {self.signal}; it has {' '.join(header) or 'none'}")
+                values = np.loadtxt(file, delimiter="\t", usecols=header.index(self.signal), ndmin=1)
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: cannot be read ({error})") from None
+        except DataError:
+            raise
+        except ValueError as error:
+            raise DataError(f"{path}: {error}".replace("\n", " ")) from None
+        if len(values) < 5 * SIGNAL_RATE or not np.isfinite(values).all():
+            raise DataError(
+                f"{path}: {self.signal} needs {5 * SIGNAL_RATE} numbers (5 s); it has {len(values)} or holds NaN"
+            )
+        values = values[2 * SIGNAL_RATE : 5 * SIGNAL_RATE]
+        power = spectrogram(values, SIGNAL_RATE, nperseg=16, noverlap=4, nfft=128)[2]
+        return torch.from_numpy(power).float().unsqueeze(0)
+
+    def key(self):
+        return [np.array([file.name for file in self.files]), np.array(self.signal)]
+
+
+def read_wav(path):
+    """(samples a second, samples (n,) or (n, channels)) of a wav file, memory-mapped where its format allows."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", wavfile.WavFileWarning)  # chunks of metadata, which ffmpeg writes
+            try:
+                rate, samples = wavfile.read(path, mmap=True)
+            except ValueError:  # 24-bit samples cannot be mapped
+                rate, samples = wavfile.read(path)
+    except Exception as error:  # a damaged file can raise anything; its reader needs the name
+        raise DataError(f"{path}: not a readable wav file ({error})".replace("\n", " ")) from None
+    if len(samples) == 0 or rate < 1:
+        raise DataError(f"{path}: holds no sound")
+    return rate, samples
+
+
+def mel_filters(bands=64, n_fft=1024, rate=SAMPLE_RATE):
+    """Triangular filters (bands, n_fft / 2 + 1), evenly spaced on the mel scale 2595 log10(1 + f / 700)."""
+    top = 2595 * math.log10(1 + rate / 2 / 700)
+    corners = 700 * (10 ** (torch.linspace(0, top, bands + 2, dtype=torch.float64) / 2595) - 1)
+    frequency = torch.linspace(0, rate / 2, n_fft // 2 + 1, dtype=torch.float64)
+    width = corners.diff().unsqueeze(1)
+    rising = (frequency - corners[:-2].unsqueeze(1)) / width[:-1]
+    falling = (corners[2:].unsqueeze(1) - frequency) / width[1:]
+    return torch.minimum(rising, falling).clamp_min(0)
+
+
+def log_mel(sound, steps=107):
+    """Log-mel spectrogram of sound at 44.1 kHz, (n,) in [-1, 1] -> (1, 64, steps) float32.
+
+    n_fft 1024, window of 20 ms, hop of 10 ms, 64 bands, decibels, then (x + 14.8) / 19.895; the last `steps`
+    steps, silence on the left where there are fewer. Source: the lab's Aff-Wild2 code; the silence ours.
+    """
+    window = torch.hann_window(SAMPLE_RATE // 50, dtype=torch.float64)
+    spectrum = torch.stft(
+        sound.double(),
+        1024,
+        SAMPLE_RATE // 100,
+        len(window),
+        window,
+        center=True,
+        pad_mode="reflect",
+        return_complex=True,
+    )
+    power = (mel_filters() @ spectrum.abs() ** 2)[:, -steps:]
+    power = torch.nn.functional.pad(power, (steps - power.shape[1], 0))
+    return ((10 * power.clamp_min(1e-10).log10() + 14.8) / 19.895).float().unsqueeze(0)
+
+
+def stream(view, batches, workers=0, pin=False):
+    """view[rows] for each rows (a LongTensor) of batches, in order; raw views by `workers` reading processes."""
+    if isinstance(view, torch.Tensor):
+        yield from (view[rows] for rows in batches)
+        return
+    order = [rows.tolist() for rows in batches]
+    loader = DataLoader(view, batch_sampler=order, num_workers=workers, pin_memory=pin, generator=torch.Generator())
+    try:
+        yield from loader
+    except DataError as error:  # a worker's comes wrapped in its stack trace; the last line is the message
+        raise DataError(str(error).rstrip().split("\n")[-1].split("DataError: ")[-1]) from None
+
+
+# ---- Aff-Wild2 --------------------------------------------------------------------------------------
+
+
+def affwild2(root="data/affwild2", need_privileged=True, stride=1):
+    """Aff-Wild2's valence-arousal challenge, in its own training and validation split. Below root:
+
+        annotations/Train_Set/VIDEO.txt, annotations/Validation_Set/VIDEO.txt   valence,arousal a frame
+        cropped_aligned/VIDEO/00001.jpg ...                                     frames without a face are missing
+        audio/VIDEO.wav                                                         without a _left or _right
+
+    A clip for every `stride`-th frame that is annotated and has a face: the 8 frames that end there, every 4th of a
+    window of 32, and the second of sound that ends there. A frame without a face is replaced by the nearest one of
+    the video that has one and is no later than the clip (ours). A video with no such frame is named in a warning.
+    Source: the lab's Aff-Wild2 code.
+    """
+    root = Path(root)
+    wanted = ["annotations/Train_Set", "annotations/Validation_Set", "cropped_aligned"] + ["audio"] * need_privileged
+    _check_root(root, wanted, "Aff-Wild2")
+    folders, sounds, of, frames, ends, labels, split, empty = [], [], [], [], [], [], [], []
+    for part in ("Train_Set", "Validation_Set"):
+        for file in sorted((root / "annotations" / part).glob("*.txt")):
+            label = _valence_arousal(file)
+            folder = root / "cropped_aligned" / file.stem
+            present = _frame_numbers(folder, prefix="")
+            present = present[(present >= 1) & (present <= len(label))]
+            usable = present[(label[present - 1] != -5).all(axis=1)][::stride]
+            if len(usable) == 0:
+                empty.append(file.stem)
+                continue
+            of.append(np.full(len(usable), len(folders)))
+            folders.append(folder)
+            sounds.append(root / "audio" / f"{file.stem.removesuffix('_left').removesuffix('_right')}.wav")
+            frames.append(_nearest(present, usable[:, None] - np.arange(28, -1, -4), usable))
+            ends.append(usable / len(label))
+            labels.append(label[usable - 1])
+            split.append(np.full(len(usable), part == "Train_Set"))
+    if empty:
+        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+        warnings.warn(
+            f"{root}: no annotated frame with a face in {', '.join(empty[:5])}{more}", UserWarning, stacklevel=2
+        )
+    if not folders:
+        raise DataError(f"{root}: no annotated frame with a face in any video of annotations/")
+    if need_privileged:
+        missing = [path for path in dict.fromkeys(sounds) if not path.is_file()]
+        if missing:
+            first, more = missing[0], f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise DataError(f"{first} is missing{more}; make it with: ffmpeg -i {first.stem}.mp4 -vn {first}")
+        for path in set(sounds):
+            read_wav(path)
+    of = np.concatenate(of)
+    return TwoView(
+        visual=Frames(folders, "{:05d}.jpg", of, np.concatenate(frames)),
+        privileged=Sounds(sounds, of, np.concatenate(ends)) if need_privileged else None,
+        label=torch.from_numpy(np.concatenate(labels)).float(),
+        names=["valence", "arousal"],
+        group=np.unique([path.name for path in sounds], return_inverse=True)[1][of],  # both people of a video together
+        split=np.concatenate(split),
+    )
+
+
+def _check_root(root, wanted, name):
+    missing = [folder for folder in wanted if not (root / folder).is_dir()]
+    if missing:
+        raise DataError(f"{root}: no folder {' or '.join(missing)}; {name} needs {', '.join(wanted)} there")
+
+
+def _valence_arousal(path):
+    """(frames, 2) of an annotation file, -5 where a frame is not annotated."""
+    try:
+        header, *rows = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError, ValueError):
+        raise DataError(f"{path}: empty or not a text file") from None
+    if header.replace(" ", "").lower() != "valence,arousal":
+        raise DataError(f'{path}: line 1 must be "valence,arousal", not "{header[:40]}"')
+    values = np.empty((len(rows), 2))
+    for line, row in enumerate(rows):
+        try:
+            valence, arousal = row.split(",")
+            values[line] = float(valence), float(arousal)
+        except ValueError:
+            raise DataError(f'{path}: line {line + 2} must be two numbers, not "{row[:40]}"') from None
+        if not all(v == -5 or -1 <= v <= 1 for v in values[line]):
+            raise DataError(f"{path}: line {line + 2} holds a value that is neither within [-1, 1] nor -5: {row[:40]}")
+    return values
+
+
+def _frame_numbers(folder, prefix):
+    """Sorted numbers of the JPEG files prefix00001.jpg ... in a folder; empty where there is no such folder."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    numbers = (name[len(prefix) : -4] for name in names if name.startswith(prefix) and name.endswith(".jpg"))
+    return np.array(sorted(int(number) for number in numbers if number.isdecimal()), dtype=np.int64)
+
+
+def _nearest(present, wanted, last):
+    """For each wanted frame (N, T) the nearest present one that is no later than last (N,); of two, the earlier."""
+    right = np.searchsorted(present, wanted)
+    before, after = present[np.maximum(right - 1, 0)], present[np.minimum(right, len(present) - 1)]
+    take_after = (after <= last[:, None]) & ((right == 0) | (after - wanted < wanted - before))
+    return np.where(take_after, after, before).astype(np.int32)
+
+
+# ---- BioVid -----------------------------------------------------------------------------------------
+
+
+def biovid(root="data/biovid", need_privileged=True, levels=("BL1", "PA4"), signal="emg_corrugator"):
+    """BioVid Part A, a class for each of `levels`, a group for each person. Below root:
+
+        frames/SUBJECT/CLIP/img_00001.jpg ...             10 are taken, evenly spread over the clip
+        biosignals_filtered/SUBJECT/CLIP_bio.csv          tab separated, 512 Hz, a column for each signal
+
+    with clips named SUBJECT-LEVEL-NUMBER. Source: released code.
+    """
+    root = Path(root)
+    _check_root(root, ["frames"] + ["biosignals_filtered"] * need_privileged, "BioVid")
+    folders, files, frames, labels, people = [], [], [], [], []
+    for person in sorted(path for path in (root / "frames").iterdir() if path.is_dir()):
+        for clip in sorted(path for path in person.iterdir() if path.is_dir()):
+            subject, _, rest = clip.name.partition("-")
+            level = rest.partition("-")[0]
+            if level not in levels:
+                continue
+            present = _frame_numbers(clip, prefix="img_")
+            if len(present) == 0:
+                raise DataError(f"{clip}: no img_00001.jpg ... in it; extract its frames or remove the folder")
+            folders.append(clip)
+            files.append(root / "biosignals_filtered" / person.name / f"{clip.name}_bio.csv")
+            frames.append(present[np.linspace(0, len(present) - 1, 10).round().astype(int)])
+            labels.append(levels.index(level))
+            people.append(person.name)
+    absent = [level for i, level in enumerate(levels) if i not in labels]
+    if absent:
+        raise DataError(f"{root}/frames: no clip SUBJECT/SUBJECT-{absent[0]}-NUMBER in it")
+    missing = [path for path in files if not path.is_file()] if need_privileged else []
+    if missing:
+        raise DataError(f"{missing[0]} is missing, the signals of a clip that has frames ({len(missing)} such clips)")
+    return TwoView(
+        visual=Frames(folders, "img_{:05d}.jpg", np.arange(len(folders)), np.array(frames, dtype=np.int32)),
+        privileged=Signals(files, signal) if need_privileged else None,
+        label=torch.tensor(labels),
+        names=list(levels),
+        group=np.unique(people, return_inverse=True)[1],
+        split=None,
+    )
+
+
 # ---- folds ------------------------------------------------------------------------------------------
 
 
@@ -182,7 +512,7 @@ def folds(data, k=None, seed=0):
     otherwise stratified by class, or at random for a regression.
     """
     if len(data.names) < 2 and data.task == "classification":
-        raise ValueError(f"label holds a single class, {data.names[0]}; there is nothing to learn")
+        raise DataError(f"label holds a single class, {data.names[0]}; there is nothing to learn")
     if data.split is not None and k is None:
         parts = [~data.split]
     else:
@@ -202,7 +532,7 @@ def _grouped(group, k, rng):
     """Fold of each row: people go, largest first, to the fold that has the fewest rows so far."""
     sizes = np.bincount(group)
     if len(sizes) < k:
-        raise ValueError(f"the data has {len(sizes)} people, too few for {k} folds: use fewer --folds, at least 2")
+        raise DataError(f"the data has {len(sizes)} people, too few for {k} folds: use fewer --folds, at least 2")
     shuffled = rng.permutation(len(sizes))
     fold_of_person, rows = np.empty(len(sizes), dtype=int), np.zeros(k)
     for person in shuffled[np.argsort(-sizes[shuffled], kind="stable")]:
@@ -216,7 +546,7 @@ def _stratified(label, names, k, rng):
     counts = np.bincount(label)
     if counts.min() < k:
         name, least = names[counts.argmin()], counts.min()
-        raise ValueError(f"class {name} has {least} rows, too few for {k} folds: use fewer --folds, at least 2")
+        raise DataError(f"class {name} has {least} rows, too few for {k} folds: use fewer --folds, at least 2")
     fold_of = np.empty(len(label), dtype=int)
     order = np.concatenate([rng.permutation(np.flatnonzero(label == c)) for c in range(len(counts))])
     fold_of[order] = np.arange(len(label)) % k
@@ -226,20 +556,24 @@ def _stratified(label, names, k, rng):
 def _checked_fold(data, i, held_out):
     train, val = np.flatnonzero(~held_out), np.flatnonzero(held_out)
     if len(train) < 2 or len(val) < 1:
-        raise ValueError(f"fold {i} has {len(train)} training and {len(val)} validation rows, too few to go on")
+        raise DataError(f"fold {i} has {len(train)} training and {len(val)} validation rows, too few to go on")
     if data.task == "classification":
         absent = np.setdiff1d(np.arange(len(data.names)), data.label[train].numpy())
         if len(absent):
             absent = data.names[absent[0]]
-            raise ValueError(f"fold {i} has no training row of class {absent}: try other --folds or --seed")
+            raise DataError(f"fold {i} has no training row of class {absent}: try other --folds or --seed")
     return train, val
 
 
-def digest(*arrays):
-    """A short fingerprint of tensors or arrays: same values, shape and type, same string."""
+def digest(*values):
+    """A short fingerprint of tensors, arrays and raw views: same values, shapes and types, same string.
+
+    A raw view counts by the names in it and the places it reads, not by the bytes of its files or where they lie.
+    """
     sha = hashlib.sha256()
-    for array in arrays:
-        array = np.ascontiguousarray(array.cpu() if isinstance(array, torch.Tensor) else array)
-        sha.update(f"{array.dtype} {array.shape}".encode())
-        sha.update(array)
+    for value in values:
+        for array in value.key() if isinstance(value, Dataset) else [value]:
+            array = np.ascontiguousarray(array.cpu() if isinstance(array, torch.Tensor) else array)
+            sha.update(f"{array.dtype} {array.shape}".encode())
+            sha.update(array.view(np.uint8) if array.dtype.kind == "U" else array)
     return sha.hexdigest()[:16]

@@ -125,15 +125,22 @@ class ResNet18(Residual18):
 
 
 class R3D18(Residual18):
-    """Backbone of a video clip, (B, 3, T, H, W) -> (B, dim). Source: released code; Tran et al. (2018)."""
+    """Backbone of a video clip, (B, 3, T, H, W) -> (B, dim). Source: released code; Tran et al. (2018).
+
+    Bytes (uint8) are scaled to 0..1 and normalised with ImageNet's mean and deviation; floats are taken as they are.
+    """
 
     def __init__(self, dim=DIM, width=64):
         super().__init__(ResidualBlock3d, dim, width)
         conv = nn.Conv3d(3, width, (3, 7, 7), (1, 2, 2), padding=(1, 3, 3), bias=False)
         self.stem = nn.Sequential(conv, nn.BatchNorm3d(width), nn.ReLU())
+        imagenet = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1, 1)
+        self.register_buffer("imagenet", imagenet, persistent=False)  # the published files have no such key
         self.initialise()
 
     def stem_of(self, x):
+        if x.dtype == torch.uint8:
+            x = (x / 255 - self.imagenet[0]) / self.imagenet[1]
         return self.stem(x)
 
 

@@ -35,8 +35,8 @@ from torch import nn
 from tqdm import tqdm
 
 import mtpkdot
-from data import digest, folds, load
-from models import DIM, Encoder, Fusion, Head, Student, Teachers, TNet
+from data import BIOVID_LEVELS, BIOVID_SIGNALS, DataError, digest, folds, load, stream
+from models import DIM, R3D18, Encoder, Fusion, Head, ResNet18, Student, Teachers, TNet, load_published
 
 VIEWS = ("visual", "privileged")
 METHODS = ("mtpkdot", "pkdot", "mse", "cosine", "task")
@@ -85,17 +85,25 @@ def options(argv=None):
     parser.error = fail
     add = parser.add_argument
     add("--dataset", default="synthetic", choices=["synthetic", "features", "affwild2", "biovid"])
-    add("--data", help="path of the data set")
+    add("--data", help="path of the data set (default data/affwild2 or data/biovid)")
     add("--stage", default="all", choices=["all", "teachers", "align", "student", "eval"])
     add("--method", default="mtpkdot", choices=[*METHODS, "all"], help="which student (default mtpkdot)")
     add("--out", type=Path, help="folder of the run (default runs/DATASET)")
     add("--folds", type=number(int, 2), metavar="K", help="number of folds (default: the data's own split, else 5)")
     add("--fold", type=number(int, 0), metavar="I", help="run this fold only, counted from 0")
+    add("--folds-by", default="person", choices=["person", "clip"], help="clip: the released code's, sharing people")
     add("--seed", type=number(int, 0), default=0)
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
     add("--batch-size", type=count, default=128, help="default 128")
     add("--epochs", type=count, help="epochs of everything that trains, in the place of the --epochs-... below")
     add("--dim", type=number(int, 2), default=DIM, help=f"embedding size, even (default {DIM})")
+    add("--width", type=count, default=64, help="of the first stage of both 18-layer networks (default 64)")
+    add("--visual-weights", type=Path, metavar="FILE", help="published r3d_18 weights to start from")
+    add("--privileged-weights", type=Path, metavar="FILE", help="published resnet18 weights to start from")
+    add("--clip-stride", type=count, default=1, metavar="N", help="affwild2: take every N-th usable frame")
+    add("--levels", default="BL1,PA4", help="biovid: classes, of BL1, PA1 ... PA4 (default BL1,PA4)")
+    add("--signal", default="emg_corrugator", choices=BIOVID_SIGNALS, help="biovid: privileged signal")
+    add("--workers", type=number(int, 0), default=min(8, os.cpu_count() or 1), help="processes that read raw data")
     add("--k", type=count, default=30, help="anchors a row (default 30)")
     add("--anchors", default="most", choices=["most", "least"], help="k most (default) or least similar clips")
     add("--eps", type=rate, default=0.01, help="entropy of the transport, in units of its cost (default 0.01)")
@@ -113,6 +121,11 @@ def options(argv=None):
         fail(f"argument --dim: {args.dim} is odd, and two attention heads share it")
     if args.w_align > 1:
         fail(f"argument --w-align: {args.w_align} is above 1")
+    args.levels = args.levels.split(",")
+    if not set(args.levels) <= set(BIOVID_LEVELS) or len(set(args.levels)) < max(2, len(args.levels)):
+        fail(
+            f"argument --levels: {','.join(args.levels)} is not two or more different ones of {','.join(BIOVID_LEVELS)}"
+        )
     args.out = args.out or Path("runs") / args.dataset
     for name in EPOCHS:
         setattr(args, f"epochs_{name}", args.epochs or getattr(args, f"epochs_{name}"))
@@ -170,7 +183,7 @@ def earlier(args, fold, stage, key):
 
 def key_of(args, data, train):
     """What stage 1 is made from, besides its hyper-parameters."""
-    return f"{digest(data.visual, data.privileged, data.label, train)}-{args.seed}-{args.dim}"
+    return f"{digest(data.visual, data.privileged, data.label, train)}-{args.seed}-{args.dim}-{args.width}"
 
 
 def score(data, prediction, rows):
@@ -192,19 +205,48 @@ def over(rows, function):
     return torch.cat([function(part) for part in rows.split(CHUNK)])
 
 
-def every_row(x):
-    return torch.arange(len(x), device=x.device)
+def every_row(data):
+    return torch.arange(len(data.label), device=data.label.device)
+
+
+def inputs(args, view, batches):
+    """The view's rows on the device of the run, batch by batch."""
+    for x in stream(view, batches, args.workers, pin=args.device == "cuda"):
+        yield x.to(args.device, non_blocking=True)
+
+
+@torch.no_grad()
+def embed(args, network, view, rows):
+    """network(view[rows]), a chunk of rows at a time."""
+    chunks = rows.split(CHUNK if isinstance(view, torch.Tensor) else args.batch_size)
+    return torch.cat([network(x) for x in inputs(args, view, chunks)])
+
+
+def backbone(args, view):
+    """An untrained network that embeds the view's input: vectors, clips of frames, or spectrograms."""
+    if isinstance(view, torch.Tensor):
+        return Encoder(view[0].numel(), args.dim)
+    return R3D18(args.dim, args.width) if view[0].dim() == 4 else ResNet18(args.dim, args.width)
+
+
+def start_from(network, path):
+    try:
+        load_published(network, torch.load(path, map_location="cpu", weights_only=True))
+    except ValueError as error:
+        fail(f"{path}: {error}")
+    except Exception as error:  # a damaged or foreign file can raise anything; its reader needs the name
+        fail(f"{path}: not a file of published weights ({type(error).__name__})")
 
 
 # ---- the one training loop --------------------------------------------------------------------------
 
 
-def fit(args, where, network, rates, epochs, rows, loss_of, score_of):
+def fit(args, where, network, rates, epochs, rows, loss_of, score_of, view=None):
     """Train `network` with Adam and keep its best epoch. Returns {"best", "last", "history"}, the first two scores.
 
     where      (fold, stage, model), for the log
     rates      list of (module, learning rate)
-    loss_of    rows of a batch -> dict of scalar tensors, of which "loss" is minimised
+    loss_of    rows of a batch (and the view's input there) -> dict of scalar tensors, of which "loss" is minimised
     score_of   () -> score on the validation rows
     """
     optimizer = torch.optim.Adam([{"params": list(module.parameters()), "lr": rate} for module, rate in rates])
@@ -214,8 +256,9 @@ def fit(args, where, network, rates, epochs, rows, loss_of, score_of):
         sums = {}
         # Batches of nearly equal size: the similarities within a runt of two clips would mean nothing.
         order = rows[torch.randperm(len(rows)).to(rows.device)].tensor_split(batches)
-        for batch in tqdm(order, desc=f"{where[2]} {epoch}/{epochs}", leave=False, disable=None):
-            terms = loss_of(batch)
+        steps = zip(order) if view is None else zip(order, inputs(args, view, order))
+        for batch, *x in tqdm(steps, f"{where[2]} {epoch}/{epochs}", batches, leave=False, disable=None):
+            terms = loss_of(batch, *x)
             optimizer.zero_grad(set_to_none=True)
             terms["loss"].backward()
             optimizer.step()
@@ -241,30 +284,34 @@ def fit(args, where, network, rates, epochs, rows, loss_of, score_of):
 def teachers(args, data, fold, train, val, key):
     """Train both backbones with a head each, then the joint teacher and T-Net on their frozen embeddings."""
     outputs, z, weights, fitted = len(data.names), {}, {}, {}
-
-    def task_fit(name, network, rates, epochs, predict):
-        fitted[name] = fit(
-            args, (fold, "teachers", name), network, rates, epochs, train,
-            lambda rows: {"loss": mtpkdot.task_loss(predict(rows), data.label[rows])},
-            lambda: score(data, over(val, predict), val),
-        )  # fmt: skip
-
     for view in VIEWS:
         seed_everything(args, fold, view)
-        x = getattr(data, view)
-        encoder, head = Encoder(x[0].numel(), args.dim).to(args.device), Head(args.dim, outputs).to(args.device)
-        encoder.fit_standardisation(x[train])
+        source, published = getattr(data, view), getattr(args, f"{view}_weights")
+        encoder, head = backbone(args, source).to(args.device), Head(args.dim, outputs).to(args.device)
+        if isinstance(encoder, Encoder):
+            encoder.fit_standardisation(source[train])
+        elif published:
+            start_from(encoder, published)
         network = nn.Sequential(encoder, head)
-        task_fit(view, network, [(network, args.lr_backbone)], args.epochs_backbone, lambda rows: network(x[rows]))
-        z[view] = over(every_row(x), lambda rows: encoder(x[rows]))
+        fitted[view] = fit(
+            args, (fold, "teachers", view), network, [(network, args.lr_backbone)], args.epochs_backbone, train,
+            lambda rows, x: {"loss": mtpkdot.task_loss(network(x), data.label[rows])},
+            lambda: score(data, embed(args, network, source, val), val), source,
+        )  # fmt: skip
+        z[view] = embed(args, encoder, source, every_row(data))
         weights[view], weights[f"{view}_head"] = encoder.state_dict(), head.state_dict()
 
     seed_everything(args, fold, "joint")
     joint = Fusion(args.dim, outputs).to(args.device)
     z_v, z_p = z["visual"], z["privileged"]
-    task_fit(
-        "joint", joint, [(joint, args.lr_joint)], args.epochs_joint,
-        lambda rows: joint(z_v[rows].unsqueeze(1), z_p[rows].unsqueeze(1))[1],
+
+    def predict(rows):
+        return joint(z_v[rows].unsqueeze(1), z_p[rows].unsqueeze(1))[1]
+
+    fitted["joint"] = fit(
+        args, (fold, "teachers", "joint"), joint, [(joint, args.lr_joint)], args.epochs_joint, train,
+        lambda rows: {"loss": mtpkdot.task_loss(predict(rows), data.label[rows])},
+        lambda: score(data, over(val, predict), val),
     )  # fmt: skip
 
     seed_everything(args, fold, "tnet")
@@ -295,9 +342,8 @@ def restored(module, weights, args):
 def embeddings(args, data, weights):
     """z_v and z_p (N, D) of all clips, by the frozen backbones of stage 1."""
     for view in VIEWS:
-        x = getattr(data, view)
-        encoder = restored(Encoder(x[0].numel(), args.dim), weights[view], args)
-        yield over(every_row(x), lambda rows: encoder(x[rows]))
+        source = getattr(data, view)
+        yield embed(args, restored(backbone(args, source), weights[view], args), source, every_row(data))
 
 
 # ---- stage 2: alignment -----------------------------------------------------------------------------
@@ -346,17 +392,17 @@ def student(args, data, fold, train, val, key, method):
     weights, outputs = before["weights"], len(data.names)
     z_v, z_p = embeddings(args, data, weights)
     tnet = restored(TNet(args.dim), weights["tnet"], args)
-    z_hat = over(every_row(z_v), lambda rows: tnet(z_v[rows]))
+    z_hat = over(every_row(data), lambda rows: tnet(z_v[rows]))
     if method == "mtpkdot":
         before = earlier(args, fold, "align", before["id"])
         network = restored(Teachers(args.dim, outputs), before["weights"], args)
-        parts = [network(z_v[rows], z_p[rows]) for rows in every_row(z_v).split(CHUNK)]
+        parts = [network(z_v[rows], z_p[rows]) for rows in every_row(data).split(CHUNK)]
         z_teachers, predictions = (
             torch.stack([torch.cat([part[name][i] for part in parts]) for name in mtpkdot.TEACHERS]) for i in (0, 1)
         )
     else:
         joint = restored(Fusion(args.dim, outputs), weights["joint"], args)
-        z_j = over(every_row(z_v), lambda rows: joint(z_v[rows].unsqueeze(1), z_p[rows].unsqueeze(1))[0])
+        z_j = over(every_row(data), lambda rows: joint(z_v[rows].unsqueeze(1), z_p[rows].unsqueeze(1))[0])
 
     seed_everything(args, fold, "student")
     fusion = Fusion(args.dim, outputs).to(args.device)
@@ -386,7 +432,7 @@ def student(args, data, fold, train, val, key, method):
         args, (fold, "student", method), fusion, [(fusion, getattr(args, f"lr_{pace}"))],
         getattr(args, f"epochs_{pace}"), train, loss_of, lambda: score(data, over(val, lambda r: forward(r)[1]), val),
     )  # fmt: skip
-    whole = Student(restored(Encoder(data.visual[0].numel(), args.dim), weights["visual"], args), tnet, fusion)
+    whole = Student(restored(backbone(args, data.visual), weights["visual"], args), tnet, fusion)
     write(stage_file(args, fold, f"student_{method}"), {
         "key": before["id"],
         "weights": whole.state_dict(),
@@ -394,7 +440,9 @@ def student(args, data, fold, train, val, key, method):
         "history": fitted["history"],
         "picks": dict(zip(mtpkdot.TEACHERS, picks.tolist())),
         "dim": args.dim,
-        "input_shape": list(data.visual.shape[1:]),
+        "width": args.width,
+        "raw": not isinstance(data.visual, torch.Tensor),
+        "input_shape": list(data.visual[0].shape),
         "task": data.task,
         "names": data.names,
         "trained_on": digest(data.visual, data.label),
@@ -410,22 +458,24 @@ def evaluate(args, data, fold, method):
     with, on every row otherwise."""
     path = stage_file(args, fold, f"student_{method}")
     saved = read(path)
-    shape, names = list(data.visual.shape[1:]), saved["names"]
-    if (shape, data.task) != (saved["input_shape"], saved["task"]):
+    shape, names = list(data.visual[0].shape), saved["names"]
+    raw = not isinstance(data.visual, torch.Tensor)
+    if (shape, data.task, raw) != (saved["input_shape"], saved["task"], saved["raw"]):
         fail(f"{path} is for {saved['task']} of input shape {saved['input_shape']}; the data is {data.task} of {shape}")
     unknown = [name for name in data.names if name not in names]
     if unknown or (data.task == "regression" and data.names != names):
         fail(f"{path} knows the labels {names}; the data has {unknown or data.names}")
-    rows, kind = every_row(data.label), "all rows of other data"
+    rows, kind = every_row(data), "all rows of other data"
     if digest(data.visual, data.label) == saved["trained_on"]:
         rows, kind = saved["val"].to(args.device), "validation rows of its own data"
     if data.task == "classification":
         index = torch.tensor([names.index(name) for name in data.names], device=args.device)
         data = data._replace(label=index[data.label])
-    network = Student(Encoder(math.prod(shape), saved["dim"]), TNet(saved["dim"]), Fusion(saved["dim"], len(names)))
+    args = argparse.Namespace(**{**vars(args), "dim": saved["dim"], "width": saved["width"]})
+    network = Student(backbone(args, data.visual), TNet(args.dim), Fusion(args.dim, len(names)))
     network = restored(network, saved["weights"], args)
     print(f"fold {fold}  {method:<10}  {len(rows)} {kind}")
-    return score(data, over(rows, lambda part: network(data.visual[part])[1]), rows)
+    return score(data, embed(args, lambda x: network(x)[1], data.visual, rows), rows)
 
 
 def evaluate_run(args, data, methods):
@@ -482,7 +532,7 @@ def collect(args, data, parts):
         "folds": reports,
         **summary(reports),
     }
-    write(args.out / "results.json", json.dumps(results, indent=2) + "\n")
+    write(args.out / "results.json", json.dumps(results, indent=2, default=str) + "\n")
     text = io.StringIO()
     writer = csv.DictWriter(text, dict.fromkeys(name for row in history for name in row), lineterminator="\n")
     writer.writeheader()
@@ -549,15 +599,14 @@ def show_results(args, data, results):
 # ---- main -------------------------------------------------------------------------------------------
 
 
-def main(argv=None):
-    args = options(argv)
-    warnings.filterwarnings("once", category=RuntimeWarning)  # Sinkhorn's, when it has not converged
+def run(args):
     methods = METHODS if args.method == "all" else (args.method,)
-    try:
-        data = load(args.dataset, args.data, args.seed, need_privileged=args.stage != "eval")
-        parts = folds(data, args.folds, args.seed) if args.stage != "eval" else []
-    except ValueError as error:
-        fail(error)
+    raw = {"stride": args.clip_stride, "levels": args.levels, "signal": args.signal}
+    data = load(args.dataset, args.data, args.seed, need_privileged=args.stage != "eval", **raw)
+    if args.folds_by == "clip" and data.group is not None:
+        print("train.py: --folds-by clip puts clips of one person into training and validation", file=sys.stderr)
+        data = data._replace(group=None)
+    parts = folds(data, args.folds, args.seed) if args.stage != "eval" else []
     tensors = {name: t.to(args.device) for name, t in data._asdict().items() if isinstance(t, torch.Tensor)}
     data = data._replace(**tensors)
     if args.stage == "eval":
@@ -582,6 +631,15 @@ def main(argv=None):
             student(args, data, fold, train, val, key, method)
         results = collect(args, data, parts)
     show_results(args, data, results)
+
+
+def main(argv=None):
+    args = options(argv)
+    warnings.filterwarnings("once", category=RuntimeWarning)  # Sinkhorn's, when it has not converged
+    try:
+        run(args)
+    except DataError as error:
+        fail(error)
 
 
 if __name__ == "__main__":
