@@ -342,6 +342,19 @@ def log_mel(sound, steps=107):
     return ((10 * power.clamp_min(1e-10).log10() + 14.8) / 19.895).float().unsqueeze(0)
 
 
+def augment(clips, shift=8):
+    """Training video made more varied: each clip mirrored or not, and moved by up to `shift` pixels.
+
+    (B, 3, T, H, W) -> the same shape, all frames of a clip alike; what moves in is black. Source: ours.
+    """
+    mirrored = torch.rand(len(clips), 1, 1, 1, 1) < 0.5
+    clips = torch.where(mirrored.to(clips.device), clips.flip(-1), clips)
+    height, width = clips.shape[-2:]
+    padded = torch.nn.functional.pad(clips, (shift,) * 4)
+    corners = torch.randint(2 * shift + 1, (len(clips), 2)).tolist()
+    return torch.stack([clip[..., y : y + height, x : x + width] for clip, (y, x) in zip(padded, corners)])
+
+
 def stream(view, batches, workers=0, pin=False):
     """view[rows] for each rows (a LongTensor) of batches, in order; raw views by `workers` reading processes."""
     if isinstance(view, torch.Tensor):
@@ -577,3 +590,9 @@ def digest(*values):
             sha.update(f"{array.dtype} {array.shape}".encode())
             sha.update(array.view(np.uint8) if array.dtype.kind == "U" else array)
     return sha.hexdigest()[:16]
+
+
+def stamp(view):
+    """A fingerprint of the files behind a raw view, by time and size (of a folder of frames, not of each frame)."""
+    found = [path.stat() for path in (view.folders if isinstance(view, Frames) else view.files)]
+    return digest(view, np.array([(status.st_mtime_ns, status.st_size) for status in found]))

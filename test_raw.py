@@ -10,7 +10,20 @@ from scipy.io import wavfile
 from scipy.signal import spectrogram
 
 import data as data_module
-from data import DataError, Frames, Sounds, affwild2, biovid, digest, folds, log_mel, mel_filters, read_wav, stream
+from data import (
+    DataError,
+    Frames,
+    Sounds,
+    affwild2,
+    augment,
+    biovid,
+    digest,
+    folds,
+    log_mel,
+    mel_filters,
+    read_wav,
+    stream,
+)
 from test_train import run
 
 Image = pytest.importorskip("PIL.Image")
@@ -192,6 +205,60 @@ def test_affwild2_from_files_to_the_table_and_without_sound(tmp_path, capsys):
         scored = json.loads((out / "eval.json").read_text())
         assert scored["mean"]["students"] == {m: s["best"] for m, s in results["mean"]["students"].items()}
         assert "no folder audio" in run(capsys, *base, "--data", tmp_path / "silent")
+
+
+def test_embeddings_are_kept_until_data_or_backbones_change(tmp_path, capsys, monkeypatch):
+    root, out = affwild2_tree(tmp_path / "tree"), tmp_path / "out"
+    base = ["--dataset", "affwild2", *SMALL, "--data", root, "--out", out]
+    reads = []
+    image = Frames._image
+    monkeypatch.setattr(Frames, "_image", lambda self, path: reads.append(path) or image(self, path))
+    with pytest.warns(UserWarning, match="faceless"):
+        run(capsys, *base, "--stage", "teachers")
+        kept = (out / "fold0/embeddings.pt").read_bytes()
+        reads.clear()
+        run(capsys, *base, "--stage", "align")
+        assert len(reads) < 100  # a look at one clip here and there, to see its shape
+        (out / "fold0/embeddings.pt").unlink()
+        run(capsys, *base, "--stage", "align")  # without them: read again, the same again
+        assert len(reads) > 36 * 8 and (out / "fold0/embeddings.pt").read_bytes() == kept
+        reads.clear()
+        jpeg(root / "cropped_aligned/3_left/99999.jpg", 1)  # beyond the labels, but a change of the folder
+        run(capsys, *base, "--stage", "align")
+        assert len(reads) > 36 * 8
+        reads.clear()
+        run(capsys, *base, "--stage", "teachers", "--seed", 1)
+        assert (out / "fold0/embeddings.pt").read_bytes() != kept
+
+
+def test_augment_moves_all_frames_of_a_clip_alike():
+    torch.manual_seed(0)
+    still = torch.randint(1, 255, (40, 3, 1, 20, 24), dtype=torch.uint8).expand(-1, -1, 4, -1, -1)
+    moved = augment(still, shift=3)
+    assert moved.shape == still.shape and moved.dtype == torch.uint8
+    assert moved.equal(moved[:, :, :1].expand_as(moved))  # no frame went elsewhere than the others
+    kinds = set()
+    for before, after in zip(still[:, :, 0], moved[:, :, 0]):
+        found = [
+            (mirror, y, x)
+            for mirror in (False, True)
+            for y in range(-3, 4)
+            for x in range(-3, 4)
+            if after.equal(shifted(before.flip(-1) if mirror else before, y, x))
+        ]
+        assert len(found) == 1
+        kinds.add(found[0])
+    assert len({k[0] for k in kinds}) == 2 and len({k[1] for k in kinds}) > 3 and len({k[2] for k in kinds}) > 3
+
+
+def shifted(image, y, x):
+    """The image moved up by y and left by x, black where nothing comes in."""
+    out = torch.zeros_like(image)
+    h, w = image.shape[-2:]
+    out[:, max(-y, 0) : h - max(y, 0), max(-x, 0) : w - max(x, 0)] = image[
+        :, max(y, 0) : h - max(-y, 0), max(x, 0) : w - max(-x, 0)
+    ]
+    return out
 
 
 def test_published_weights_start_the_backbones(tmp_path, capsys):

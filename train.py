@@ -35,7 +35,7 @@ from torch import nn
 from tqdm import tqdm
 
 import mtpkdot
-from data import BIOVID_LEVELS, BIOVID_SIGNALS, DataError, digest, folds, load, stream
+from data import BIOVID_LEVELS, BIOVID_SIGNALS, DataError, augment, digest, folds, load, stamp, stream
 from models import DIM, R3D18, Encoder, Fusion, Head, ResNet18, Student, Teachers, TNet, load_published
 
 VIEWS = ("visual", "privileged")
@@ -103,6 +103,7 @@ def options(argv=None):
     add("--clip-stride", type=count, default=1, metavar="N", help="affwild2: take every N-th usable frame")
     add("--levels", default="BL1,PA4", help="biovid: classes, of BL1, PA1 ... PA4 (default BL1,PA4)")
     add("--signal", default="emg_corrugator", choices=BIOVID_SIGNALS, help="biovid: privileged signal")
+    add("--augment", action="store_true", help="mirror and shift the training clips of raw video")
     add("--workers", type=number(int, 0), default=min(8, os.cpu_count() or 1), help="processes that read raw data")
     add("--k", type=count, default=30, help="anchors a row (default 30)")
     add("--anchors", default="most", choices=["most", "least"], help="k most (default) or least similar clips")
@@ -209,10 +210,11 @@ def every_row(data):
     return torch.arange(len(data.label), device=data.label.device)
 
 
-def inputs(args, view, batches):
+def inputs(args, view, batches, training=False):
     """The view's rows on the device of the run, batch by batch."""
     for x in stream(view, batches, args.workers, pin=args.device == "cuda"):
-        yield x.to(args.device, non_blocking=True)
+        x = x.to(args.device, non_blocking=True)
+        yield augment(x) if training and args.augment and x.dtype == torch.uint8 else x
 
 
 @torch.no_grad()
@@ -256,7 +258,7 @@ def fit(args, where, network, rates, epochs, rows, loss_of, score_of, view=None)
         sums = {}
         # Batches of nearly equal size: the similarities within a runt of two clips would mean nothing.
         order = rows[torch.randperm(len(rows)).to(rows.device)].tensor_split(batches)
-        steps = zip(order) if view is None else zip(order, inputs(args, view, order))
+        steps = zip(order) if view is None else zip(order, inputs(args, view, order, training=True))
         for batch, *x in tqdm(steps, f"{where[2]} {epoch}/{epochs}", batches, leave=False, disable=None):
             terms = loss_of(batch, *x)
             optimizer.zero_grad(set_to_none=True)
@@ -324,13 +326,15 @@ def teachers(args, data, fold, train, val, key):
         lambda: (1 - (over(val, lambda rows: tnet(z_v[rows]) - z_p[rows])).square().sum() / variance).item(),
     )  # fmt: skip
     weights["joint"], weights["tnet"] = joint.state_dict(), tnet.state_dict()
-    write(stage_file(args, fold, "teachers"), {
+    saved = {
         "key": key,
         "id": digest(*(t for module in weights.values() for t in module.values())),
         "weights": weights,
         "scores": {name: fitted[name]["best"] for name in (*VIEWS, "joint")},
         "history": [row for f in fitted.values() for row in f["history"]],
-    })  # fmt: skip
+    }
+    write(stage_file(args, fold, "teachers"), saved)
+    embeddings(args, data, fold, saved, z)
 
 
 def restored(module, weights, args):
@@ -339,11 +343,19 @@ def restored(module, weights, args):
     return module.to(args.device).eval().requires_grad_(False)
 
 
-def embeddings(args, data, weights):
-    """z_v and z_p (N, D) of all clips, by the frozen backbones of stage 1."""
-    for view in VIEWS:
-        source = getattr(data, view)
-        yield embed(args, restored(backbone(args, source), weights[view], args), source, every_row(data))
+def embeddings(args, data, fold, before, z=None):
+    """z_v and z_p (N, D) of all clips, by the frozen backbones of stage 1; of raw data they are kept in a file."""
+    raw = [getattr(data, view) for view in VIEWS if not isinstance(getattr(data, view), torch.Tensor)]
+    key = "-".join([before["id"], *map(stamp, raw)])
+    path = stage_file(args, fold, "embeddings")
+    if z is None and raw and path.exists() and (kept := read(path))["key"] == key:
+        return [kept[view].to(args.device) for view in VIEWS]
+    if z is None:
+        nets = {view: restored(backbone(args, getattr(data, view)), before["weights"][view], args) for view in VIEWS}
+        z = {view: embed(args, nets[view], getattr(data, view), every_row(data)) for view in VIEWS}
+    if raw:
+        write(path, {"key": key, **{view: z[view].cpu() for view in VIEWS}})
+    return [z[view] for view in VIEWS]
 
 
 # ---- stage 2: alignment -----------------------------------------------------------------------------
@@ -352,7 +364,7 @@ def embeddings(args, data, weights):
 def align(args, data, fold, train, val, key):
     """Pull both single-modality embeddings and the joint one together; keep the epoch of the best joint score."""
     before = earlier(args, fold, "teachers", key)
-    z_v, z_p = embeddings(args, data, before["weights"])
+    z_v, z_p = embeddings(args, data, fold, before)
     seed_everything(args, fold, "align")
     network = Teachers(args.dim, len(data.names)).to(args.device)
     network.joint.load_state_dict(before["weights"]["joint"])
@@ -390,7 +402,7 @@ def student(args, data, fold, train, val, key, method):
     """
     before = earlier(args, fold, "teachers", key)
     weights, outputs = before["weights"], len(data.names)
-    z_v, z_p = embeddings(args, data, weights)
+    z_v, z_p = embeddings(args, data, fold, before)
     tnet = restored(TNet(args.dim), weights["tnet"], args)
     z_hat = over(every_row(data), lambda rows: tnet(z_v[rows]))
     if method == "mtpkdot":
