@@ -79,35 +79,42 @@ def features(path, need_privileged=True):
 
     need_privileged=False reads a file without `privileged`, and ignores it where it is there.
     """
-    arrays = _read_npz(path)
-    wanted = ["visual", "label"] + ["privileged"] * need_privileged
-    missing = [key for key in wanted if key not in arrays]
-    if missing:
-        raise DataError(f"{path}: no key {' or '.join(missing)}; it has {', '.join(sorted(arrays)) or 'none'}")
-    rows = {key: len(a) if a.ndim else 0 for key, a in arrays.items() if key in (*wanted, "group", "split")}
+    arrays = _read_npz(path, ["visual", "label"] + ["privileged"] * need_privileged, ["group", "split"])
+    rows = {key: len(a) if a.ndim else 0 for key, a in arrays.items()}
     if len(set(rows.values())) > 1 or rows["visual"] < 2:
         counts = ", ".join(f"{key} {n}" for key, n in rows.items())
         raise DataError(f"{path}: every key needs the same number of rows, at least 2, but they have {counts}")
     label, names = _label(path, arrays["label"])
+    group = _group(path, arrays["group"]) if "group" in arrays else None
+    split = _split(path, arrays["split"]) if "split" in arrays else None
+    if group is not None and split is not None and set(group[split]) & set(group[~split]):
+        shared = arrays["group"][np.isin(group, group[split]) & ~split][0]
+        raise DataError(f"{path}: group {shared} is in both parts of split; mend one of the two keys, or leave it out")
     return TwoView(
         visual=_numbers(path, "visual", arrays["visual"]),
         privileged=_numbers(path, "privileged", arrays["privileged"]) if need_privileged else None,
         label=label,
         names=names,
-        group=_group(path, arrays["group"]) if "group" in arrays else None,
-        split=_split(path, arrays["split"]) if "split" in arrays else None,
+        group=group,
+        split=split,
     )
 
 
-def _read_npz(path):
+def _read_npz(path, needed, optional):
+    """The arrays of these keys, those that are needed and the optional ones that are there."""
     if not Path(path).is_file():
-        raise DataError(f"{path}: no such file")
+        raise DataError(f"{path}: {'a folder, not a file' if Path(path).is_dir() else 'no such file'}")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
+            keys = sorted(archive.files)
+            arrays = {key: archive[key] for key in needed + optional if key in keys}
     except Exception as error:  # a damaged archive can raise anything; its reader needs the name
         reason = str(error).split("\n")[0] or type(error).__name__
         raise DataError(f"{path}: not a .npz file of plain arrays ({reason})") from None
+    missing = [key for key in needed if key not in keys]
+    if missing:
+        raise DataError(f"{path}: no key {' or '.join(missing)}; it has {', '.join(keys) or 'none'}")
+    return arrays
 
 
 def _numbers(path, key, array):
@@ -143,9 +150,9 @@ def _group(path, array):
 
 
 def _split(path, array):
-    if array.ndim != 1:
-        raise DataError(f"{path}: split must be (N,), not of shape {array.shape}")
-    split = array.astype(str)
+    if array.ndim != 1 or array.dtype.kind not in "SU":
+        raise DataError(f"{path}: split must be (N,) strings, not {array.dtype} of shape {array.shape}")
+    split = np.char.decode(array, "ascii", "replace") if array.dtype.kind == "S" else array
     for row, value in enumerate(split):
         if value not in ("train", "val"):
             raise DataError(f'{path}: split row {row} is "{value}"; it must be "train" or "val"')
@@ -568,7 +575,7 @@ def _stratified(label, names, k, rng):
 
 def _checked_fold(data, i, held_out):
     train, val = np.flatnonzero(~held_out), np.flatnonzero(held_out)
-    if len(train) < 2 or len(val) < 1:
+    if len(train) < 2 or len(val) < 1 + (data.task == "regression"):  # the CCC of one row is always 0
         raise DataError(f"fold {i} has {len(train)} training and {len(val)} validation rows, too few to go on")
     if data.task == "classification":
         absent = np.setdiff1d(np.arange(len(data.names)), data.label[train].numpy())

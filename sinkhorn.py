@@ -41,7 +41,7 @@ class Potentials(NamedTuple):
     g: Tensor  # (..., m)
     n_iter: int  # sweeps done, a sweep being one half step on each side
     error: Tensor  # (...), |P 1 - a|_1 + |P^T 1 - b|_1 of the plan of these very potentials
-    converged: Tensor  # (...) bool, error <= tol
+    converged: Tensor  # (...) bool, error <= tol * total mass
 
 
 def sinkhorn_potentials(C, a=None, b=None, eps=0.01, tol=1e-4, max_iter=1000):
@@ -50,8 +50,9 @@ def sinkhorn_potentials(C, a=None, b=None, eps=0.01, tol=1e-4, max_iter=1000):
     C         (..., n, m) finite cost, any sign; leading dimensions are independent problems
     a, b      (..., n) and (..., m) weights >= 0 of equal total; None is uniform with total 1
     eps       > 0, the strength of the entropy, in the units of C
-    tol       the iteration ends once the L1 marginal error is no larger, in every problem
-    max_iter  most sweeps; running out of them gives one RuntimeWarning with the error reached
+    tol       the iteration ends once the L1 marginal error, as a part of the total mass, is no larger
+    max_iter  most sweeps; ending above tol gives one RuntimeWarning with the error reached. The smaller eps
+              is beside the spread of C, the more sweeps are needed: at a hundredth or less, often thousands
 
     Returns Potentials. f and g are unique up to f + c, g - c; the c returned makes <a, f> = <b, g>.
     A point of zero weight gets the potential it would have at vanishing weight. float16 and bfloat16
@@ -63,18 +64,18 @@ def sinkhorn_potentials(C, a=None, b=None, eps=0.01, tol=1e-4, max_iter=1000):
     overshoot by a factor omega, but only where the dual still ascends, so convergence is kept.
     omega is tuned to the observed rate by Young's formula for successive over-relaxation.
     """
-    C, a, b = _checked(C, a, b, eps, tol, max_iter)
+    C, a, b, dtype = _checked(C, a, b, eps, tol, max_iter)
     potentials = _solve(C, a, b, eps, tol, max_iter)
-    _warn_unless_converged([potentials], tol)
-    return potentials
+    _warn_unless_converged([potentials], tol, max_iter)
+    return potentials._replace(f=potentials.f.to(dtype), g=potentials.g.to(dtype))
 
 
 def sinkhorn_plan(C, a=None, b=None, eps=0.01, tol=1e-4, max_iter=1000):
     """The entropic transport plan P (..., n, m), not differentiable. Arguments as sinkhorn_potentials."""
-    C, a, b = _checked(C, a, b, eps, tol, max_iter)
+    C, a, b, dtype = _checked(C, a, b, eps, tol, max_iter)
     potentials = _solve(C, a, b, eps, tol, max_iter)
-    _warn_unless_converged([potentials], tol)
-    return _plan(C, a, b, potentials.f, potentials.g, eps)
+    _warn_unless_converged([potentials], tol, max_iter)
+    return _plan(C, a, b, potentials.f, potentials.g, eps).to(dtype)
 
 
 def entropic_ot(C, a=None, b=None, eps=0.01, tol=1e-5, max_iter=1000):
@@ -86,10 +87,10 @@ def entropic_ot(C, a=None, b=None, eps=0.01, tol=1e-5, max_iter=1000):
     problem exists only for equal totals, the gradients in a and b mean something along changes that
     keep the totals equal (a softmax, say). create_graph=True raises RuntimeError.
     """
-    C, a, b = _checked(C, a, b, eps, tol, max_iter)
+    C, a, b, dtype = _checked(C, a, b, eps, tol, max_iter)
     value, potentials = _value(C, a, b, eps, tol, max_iter)
-    _warn_unless_converged([potentials], tol)
-    return value.to(C.dtype)
+    _warn_unless_converged([potentials], tol, max_iter)
+    return value.to(dtype)
 
 
 def sinkhorn_divergence(x, y, a=None, b=None, p=2, eps=0.01, debias=True, tol=1e-5, max_iter=1000):
@@ -119,11 +120,14 @@ def sinkhorn_divergence(x, y, a=None, b=None, p=2, eps=0.01, debias=True, tol=1e
     pairs = [(x, y, a, b)] + ([(x, x, a, a), (y, y, b, b)] if debias else [])
     values, solved = [], []
     for left, right, left_weight, right_weight in pairs:
-        problem = _checked(_cost(left, right, p), left_weight, right_weight, eps, tol, max_iter)
-        value, potentials = _value(*problem, eps, tol, max_iter)
+        C = _cost(left, right, p)
+        if not bool(C.isfinite().all()):
+            raise ValueError(f"x and y lie too far apart: their cost overflows {C.dtype}")
+        C, left_weight, right_weight, _ = _checked(C, left_weight, right_weight, eps, tol, max_iter)
+        value, potentials = _value(C, left_weight, right_weight, eps, tol, max_iter)
         values.append(value)
         solved.append(potentials)
-    _warn_unless_converged(solved, tol)
+    _warn_unless_converged(solved, tol, max_iter)
     divergence = values[0] - (values[1] + values[2]) / 2 if debias else values[0]
     return divergence.to(x.dtype)
 
@@ -142,6 +146,7 @@ def _solve(C, a, b, eps, tol, max_iter):
     def columns(u):
         return -torch.logsumexp((log_a + u).unsqueeze(-1) - K, dim=-2)
 
+    mass = a.sum(-1, keepdim=True)
     v = torch.zeros_like(b)
     u = rows(v)
     omega = u.new_ones(u.shape[:-1] + (1,))
@@ -154,22 +159,21 @@ def _solve(C, a, b, eps, tol, max_iter):
         u_new = rows(v)
         if look:
             error = (a * (u - u_new).expm1().abs()).sum(-1, keepdim=True)
-            if n_iter == max_iter or bool((error <= tol).all()):
+            if n_iter == max_iter or bool((error <= tol * mass).all()):
                 break
             if error_then is not None:
                 rate = (error / error_then) ** (1 / (n_iter - looked_at))
-                omega = torch.where((error > tol) & (rate < 1), _tuned(omega, rate), omega)
+                omega = torch.where((error > tol * mass) & (rate < 1), _tuned(omega, rate), omega)
             looked_at, error_then = n_iter, error
         u = _relaxed(u, u_new, a, omega)
 
     f, g = eps * u, eps * v
-    mean_f = (a * f).sum(-1, keepdim=True) / a.sum(-1, keepdim=True)
-    mean_g = (b * g).sum(-1, keepdim=True) / b.sum(-1, keepdim=True)
+    mean_f, mean_g = ((w * h).sum(-1, keepdim=True) / mass for w, h in ((a, f), (b, g)))
     f, g = f + (mean_g - mean_f) / 2, g + (mean_f - mean_g) / 2
     # The error is measured again, on what is returned: rounding moves the columns too.
     P = _plan(C, a, b, f, g, eps)
     error = (P.sum(-1) - a).abs().sum(-1) + (P.sum(-2) - b).abs().sum(-1)
-    return Potentials(f, g, n_iter, error, error <= tol)
+    return Potentials(f, g, n_iter, error, error <= tol * mass.squeeze(-1))
 
 
 def _relaxed(old, new, weight, omega):
@@ -196,7 +200,9 @@ def _tuned(omega, rate):
 
 
 def _plan(C, a, b, f, g, eps):
-    return ((f.unsqueeze(-1) - C + g.unsqueeze(-2)) / eps).exp() * a.unsqueeze(-1) * b.unsqueeze(-2)
+    # The weights go inside the exponential: between two points of weight zero it may overflow without them.
+    log_density = (f.unsqueeze(-1) - C + g.unsqueeze(-2)) / eps
+    return (log_density + a.log().unsqueeze(-1) + b.log().unsqueeze(-2)).exp()
 
 
 class _EnvelopeValue(torch.autograd.Function):
@@ -235,13 +241,14 @@ def _cost(x, y, p):
     return distance**2 / 2 if p == 2 else distance
 
 
-def _warn_unless_converged(solved, tol):
-    worst = max(float(s.error.max()) for s in solved)
-    if not worst <= tol:
-        n_iter = max(s.n_iter for s in solved)
+def _warn_unless_converged(solved, tol, max_iter):
+    failed = [s for s in solved if not bool(s.converged.all())]
+    if failed:
+        worst, n_iter = max(float(s.error.max()) for s in failed), max(s.n_iter for s in failed)
+        rounding = "rounding allows no less, use float64 or a larger eps"
         warnings.warn(
-            f"Sinkhorn has not converged: L1 marginal error {worst:.0e} > tol {tol:g} after {n_iter} sweeps; "
-            "raise max_iter or eps, or use float64",
+            f"Sinkhorn has not converged: L1 marginal error {worst:.0e} at tol {tol:g} after {n_iter} sweeps; "
+            f"{'raise max_iter or eps' if n_iter == max_iter else rounding}",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -270,7 +277,7 @@ def _check_tensor(name, t, least_dim, device=None):
 
 
 def _checked(C, a, b, eps, tol, max_iter):
-    """C, a (..., n) and b (..., m), all in one floating type of 32 bits or more; or ValueError."""
+    """C, a (..., n), b (..., m) in the floating type to compute in, and the type to return; or ValueError."""
     _check_tensor("C", C, 2)
     if not (eps > 0 and math.isfinite(eps)):
         raise ValueError(f"eps must be positive and finite, not {eps}")
@@ -281,13 +288,18 @@ def _checked(C, a, b, eps, tol, max_iter):
     slack = 1e-2 if {a.dtype, b.dtype} & {torch.float16, torch.bfloat16} else 1e-5
     C, a, b = _at_least_float32(C, a, b)
     if not bool((C.abs().max() / eps).isfinite()):
-        raise ValueError(f"eps = {eps} is too small for costs as large as {float(C.abs().max()):g} in {C.dtype}")
+        raise ValueError(f"eps = {eps} is too small for costs as large as {C.abs().max().item():g} in {C.dtype}")
     total_a, total_b = a.sum(-1, keepdim=True), b.sum(-1, keepdim=True)
     if bool(((total_a - total_b).abs() > slack * total_a).any()):
         worst = (total_a - total_b).abs().argmax()
-        pair = f"{float(total_a.flatten()[worst]):g} and {float(total_b.flatten()[worst]):g}"
+        pair = f"{total_a.flatten()[worst].item():g} and {total_b.flatten()[worst].item():g}"
         raise ValueError(f"a and b must have equal total mass, not {pair}")
-    return C, a, b * (total_a / total_b).detach()  # rounding must not leave a mass that fits nowhere
+    b = b * (total_a / total_b).detach()  # rounding must not leave a mass that fits nowhere
+    if eps >= float(
+        C.detach().max() - C.detach().min()
+    ):  # float32's rounding of the plan would count eps times; two sweeps do here
+        return C.double(), a.double(), b.double(), C.dtype
+    return C, a, b, C.dtype
 
 
 def _checked_weight(name, weight, C, size):
@@ -299,5 +311,5 @@ def _checked_weight(name, weight, C, size):
     if weight.shape[-1] != size or weight.dim() > len(shape) or any(have not in (1, need) for have, need in leading):
         raise ValueError(f"{name} has shape {tuple(weight.shape)}; the cost {tuple(C.shape)} needs {tuple(shape)}")
     if bool((weight < 0).any()) or bool((weight.sum(-1) <= 0).any()):
-        raise ValueError(f"{name} must be >= 0 with a positive total; its least weight is {float(weight.min()):g}")
+        raise ValueError(f"{name} must be >= 0 with a positive total; its least weight is {weight.min().item():g}")
     return weight.expand(shape)

@@ -22,12 +22,15 @@ def written(tmp_path, **keys):
 
 
 def test_features_are_what_was_written(tmp_path):
-    given = arrays(group=np.array(list("abcd") * 10), split=np.array(["train"] * 30 + ["val"] * 10))
+    given = arrays(group=np.repeat(list("abcd"), 10), split=np.array(["train"] * 30 + ["val"] * 10))
     data = features(written(tmp_path, **given))
     assert np.array_equal(data.visual.numpy(), given["visual"].astype(np.float32))
     assert np.array_equal(data.privileged.numpy(), given["privileged"].astype(np.float32))
     assert data.label.tolist() == given["label"].tolist() and data.names == [0, 1, 2, 3]
-    assert data.group.tolist() == [0, 1, 2, 3] * 10 and data.split.tolist() == [True] * 30 + [False] * 10
+    assert (
+        data.group.tolist() == np.repeat([0, 1, 2, 3], 10).tolist()
+        and data.split.tolist() == [True] * 30 + [False] * 10
+    )
     assert data.task == "classification"
 
 
@@ -52,6 +55,9 @@ def test_bytes_and_flat_views_are_numbers_too(tmp_path):
 def test_a_file_without_privileged_serves_evaluation_only(tmp_path):
     path = written(tmp_path, **arrays(privileged=None))
     assert features(path, need_privileged=False).privileged is None
+    unread = written(tmp_path, **arrays(privileged=np.array([{}] * 40, dtype=object), notes=np.array([{}])))
+    assert features(unread, need_privileged=False).visual.shape == (40, 5)  # other keys may hold anything
+    path = written(tmp_path, **arrays(privileged=None))
     with pytest.raises(ValueError, match=r"f.npz: no key privileged; it has label, visual"):
         features(path)
 
@@ -61,7 +67,7 @@ NAN[17, 3], INF[4, 0] = np.nan, 1e300  # infinite as a float32
 BAD = [
     (dict(visual=None), "no key visual"),
     (dict(label=None), "no key label"),
-    (dict(visual=np.ones((39, 5))), "visual 39, privileged 40, label 40"),
+    (dict(visual=np.ones((39, 5))), "visual 39, label 40, privileged 40"),
     (dict(group=np.arange(3)), "group 3"),
     (dict(visual=np.float64(3)), "visual 0"),
     (dict(visual=NAN), "visual row 17 holds NaN"),
@@ -77,6 +83,8 @@ BAD = [
     (dict(split=np.array(["train"] * 39 + ["test"])), 'split row 39 is "test"'),
     (dict(split=np.ones((40, 2))), r"split must be \(N,\)"),
     (dict(visual=np.array([{}] * 40, dtype=object)), "not a .npz file of plain arrays"),
+    (dict(split=np.array([b"tr\xe4in"] * 40)), "split row 0 is"),
+    (dict(group=np.arange(40) % 7, split=np.array(["train"] * 36 + ["val"] * 4)), "group 1 is in both parts of split"),
 ]
 
 
@@ -100,6 +108,8 @@ def test_files_that_are_no_npz(tmp_path, content):
     path.write_bytes(good[: len(good) // 2])
     with pytest.raises(ValueError, match="f.npz: not a .npz file"):
         features(path)
+    with pytest.raises(ValueError, match="a folder, not a file"):
+        features(tmp_path)
     with pytest.raises(ValueError, match="nowhere.npz: no such file"):
         features(tmp_path / "nowhere.npz")
 

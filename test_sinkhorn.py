@@ -267,6 +267,49 @@ def test_zero_weights_carry_nothing():
     torch.testing.assert_close(C.grad, sinkhorn_plan(C, a, b, eps=0.02, tol=1e-9))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_padding_with_far_points_of_no_weight_changes_nothing(dtype):
+    """What a batch of clouds of unequal size does: zeros on both sides, far from everything."""
+    x, y = rand(1, 8, 3).to(dtype), rand(2, 6, 3).to(dtype)
+    a, b = simplex(3, 8).to(dtype), simplex(4, 6).to(dtype)
+
+    def padded(t):
+        return torch.cat([t, torch.full((5, *t.shape[1:]), 100.0 if t.dim() > 1 else 0.0, dtype=dtype)])
+
+    for eps in (1e-3, 0.1, 1e3):
+        settings = {"eps": eps, "tol": 1e-5, "max_iter": 20_000}
+        p, q, w = padded(x).requires_grad_(), padded(y).requires_grad_(), padded(a).requires_grad_()
+        value = sinkhorn_divergence(p, q, w, padded(b), **settings)
+        small = x.clone().requires_grad_()
+        want = sinkhorn_divergence(small, y, a, b, **settings)
+        torch.testing.assert_close(value, want, rtol=1e-3, atol=1e-5)
+        grads, (grad,) = torch.autograd.grad(value, (p, q, w)), torch.autograd.grad(want, small)
+        assert all(bool(g.isfinite().all()) for g in grads) and float(grads[0][8:].abs().max()) == 0
+        torch.testing.assert_close(grads[0][:8], grad, rtol=1e-2, atol=1e-4)
+        plan = sinkhorn_plan(squared_cost(padded(x), padded(y)), padded(a), padded(b), **settings)
+        assert float(plan[8:].max()) == 0 and float(plan[:, 6:].max()) == 0
+
+
+@pytest.mark.parametrize("mass", [1e-6, 1e-2, 50, 1e5])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_any_total_mass_is_solved_alike(mass, dtype):
+    C, a, b = rand(1, 30, 40).to(dtype), simplex(2, 30).to(dtype), simplex(3, 40).to(dtype)
+    one, many = sinkhorn_potentials(C, a, b, eps=0.05), sinkhorn_potentials(C, mass * a, mass * b, eps=0.05)
+    assert bool(many.converged) and float(many.error) <= 1e-4 * mass
+    assert abs(many.n_iter - one.n_iter) <= 10
+    plan = sinkhorn_plan(C, mass * a, mass * b, eps=0.05)
+    torch.testing.assert_close(plan / mass, sinkhorn_plan(C, a, b, eps=0.05), rtol=1e-3, atol=1e-6)
+
+
+def test_large_eps_in_float32_is_exact():
+    C, a, b = rand(1, 20, 30), simplex(2, 20), simplex(3, 30)
+    for eps in (1, 1e3, 1e6):
+        want = entropic_ot(C, a, b, eps=eps, tol=1e-12)
+        got = entropic_ot(C.float(), a.float(), b.float(), eps=eps)
+        assert got.dtype == torch.float32 and abs(float(got) - float(want)) <= 1e-6
+        assert sinkhorn_plan(C.float(), eps=eps).dtype == sinkhorn_potentials(C.float(), eps=eps).f.dtype == got.dtype
+
+
 def test_coincident_and_single_points():
     ones, one, some = (torch.ones(5, 3), torch.ones(4, 3)), (torch.zeros(1, 2), torch.ones(1, 2)), (rand(1, 6, 2),) * 2
     for p in (1, 2):
@@ -388,6 +431,7 @@ def test_bad_clouds_are_named():
         ((x, torch.ones(3, 4)), "points of one dimension"),
         ((x, torch.ones(3)), "y must be non-empty"),
         ((x, x * math.inf), "y holds NaN or infinite"),
+        ((x, x * 1e30), "x and y lie too far apart"),
         ((x, x, torch.ones(2) / 2), "a has shape"),
         ((x, x, None, None, 3), "p must be 1 or 2"),
     ]:

@@ -198,6 +198,11 @@ def test_missing_or_foreign_stages_are_named(digits_like, tmp_path, capsys):
     run(capsys, *base, "--stage", "teachers", "--lr-backbone", 0.1)
     assert "align.pt was made from other" in run(capsys, *base, "--stage", "student")
     assert results(tmp_path)["folds"][0]["students"] == {}  # the old one did not have these teachers
+    run(capsys, *base)
+    assert results(tmp_path)["folds"][0]["students"]
+    for stage in ("teachers", "align"):  # other T-Net, same aligned teachers
+        run(capsys, *base, "--stage", stage, "--tnet-loss", "mmd")
+    assert results(tmp_path)["folds"][0]["students"] == {}
     (tmp_path / "fold0" / "teachers.pt").write_bytes(b"not a checkpoint")
     assert "fold0/teachers.pt: cannot be read" in run(capsys, *base, "--stage", "align")
     torch.save({"somebody": "else's"}, tmp_path / "fold0" / "teachers.pt")
@@ -215,6 +220,12 @@ def test_missing_or_foreign_stages_are_named(digits_like, tmp_path, capsys):
         (["--dataset", "affwild2"], "data/affwild2"),
         (["--dataset", "biovid"], "data/biovid"),
         (["--fold", "1"], "--fold: the folds are 0 to 0"),
+        (["--data", "faces.npz"], "--data: the synthetic data is made in memory"),
+        (["--seed", "9" * 30], "--seed: 9999"),
+        (["--levels", "BL1"], "--levels: BL1 is not two or more"),
+        (["--batch-size", "1"], "--batch-size: the CCC of a single clip"),
+        (["--lr-student", "1e30"], "fold 0, mtpkdot, epoch 1: "),
+        (["--eps", "1e-40"], "fold 0, mtpkdot, epoch 1: eps = 1e-40 is too small"),
         (["--folds", "25"], "24 people, too few for 25 folds"),
         (["--folds", "1"], "--folds: 1 is not at least 2"),
         (["--batch-size", "0"], "--batch-size: 0 is not at least 1"),

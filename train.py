@@ -71,7 +71,7 @@ def number(kind, least, above=False):
 
     def parse(text):
         value = kind(text)
-        if not math.isfinite(value) or value < least or (above and value == least):
+        if not least <= value < (2**63 if kind is int else math.inf) or (above and value == least):
             raise argparse.ArgumentTypeError(f"{text} is not {'above' if above else 'at least'} {least}")
         return value
 
@@ -130,6 +130,8 @@ def options(argv=None):
     args.out = args.out or Path("runs") / args.dataset
     for name in EPOCHS:
         setattr(args, f"epochs_{name}", args.epochs or getattr(args, f"epochs_{name}"))
+    if args.data and args.dataset == "synthetic":
+        fail("argument --data: the synthetic data is made in memory; name the --dataset of this path, features perhaps")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("argument --device: this machine has no CUDA device; use --device cpu")
     if args.device == "auto":
@@ -252,7 +254,8 @@ def fit(args, where, network, rates, epochs, rows, loss_of, score_of, view=None)
     score_of   () -> score on the validation rows
     """
     optimizer = torch.optim.Adam([{"params": list(module.parameters()), "lr": rate} for module, rate in rates])
-    batches, best, history = math.ceil(len(rows) / args.batch_size), None, []
+    batches = max(1, min(math.ceil(len(rows) / args.batch_size), len(rows) // 2))  # of two clips at the least
+    best, history = None, []
     for epoch in range(1, epochs + 1):
         network.train()
         sums = {}
@@ -260,7 +263,10 @@ def fit(args, where, network, rates, epochs, rows, loss_of, score_of, view=None)
         order = rows[torch.randperm(len(rows)).to(rows.device)].tensor_split(batches)
         steps = zip(order) if view is None else zip(order, inputs(args, view, order, training=True))
         for batch, *x in tqdm(steps, f"{where[2]} {epoch}/{epochs}", batches, leave=False, disable=None):
-            terms = loss_of(batch, *x)
+            try:
+                terms = loss_of(batch, *x)
+            except ValueError as error:  # what Sinkhorn refuses, such as the embeddings of a diverged student
+                fail(f"fold {where[0]}, {where[2]}, epoch {epoch}: {error}")
             optimizer.zero_grad(set_to_none=True)
             terms["loss"].backward()
             optimizer.step()
@@ -318,12 +324,12 @@ def teachers(args, data, fold, train, val, key):
 
     seed_everything(args, fold, "tnet")
     tnet = TNet(args.dim).to(args.device)
-    variance = (z_p[val] - z_p[val].mean(0)).square().sum()
+    variance = z_p.var(0, correction=0).mean()
     fitted["tnet"] = fit(
         args, (fold, "teachers", "tnet"), tnet, [(tnet, args.lr_tnet)], args.epochs_tnet, train,
         lambda rows: {"loss": mtpkdot.tnet_loss(tnet(z_v[rows]), z_p[rows], args.tnet_loss)},
         # Scored by the share of the privileged embedding's variance that it explains.
-        lambda: (1 - (over(val, lambda rows: tnet(z_v[rows]) - z_p[rows])).square().sum() / variance).item(),
+        lambda: (1 - over(val, lambda rows: tnet(z_v[rows]) - z_p[rows]).square().mean() / variance).item(),
     )  # fmt: skip
     weights["joint"], weights["tnet"] = joint.state_dict(), tnet.state_dict()
     saved = {
@@ -384,7 +390,7 @@ def align(args, data, fold, train, val, key):
     )
     write(stage_file(args, fold, "align"), {
         "key": before["id"],
-        "id": digest(*network.state_dict().values()),
+        "id": before["id"] + digest(*network.state_dict().values()),
         "weights": network.state_dict(),
         "scores": {"joint_aligned": fitted["best"], **{name: score_of(name) for name in mtpkdot.TEACHERS[1:]}},
         "history": fitted["history"],
@@ -618,6 +624,8 @@ def run(args):
     if args.folds_by == "clip" and data.group is not None:
         print("train.py: --folds-by clip puts clips of one person into training and validation", file=sys.stderr)
         data = data._replace(group=None)
+    if data.task == "regression" and args.batch_size < 2:
+        fail("argument --batch-size: the CCC of a single clip is always 0; use at least 2")
     parts = folds(data, args.folds, args.seed) if args.stage != "eval" else []
     tensors = {name: t.to(args.device) for name, t in data._asdict().items() if isinstance(t, torch.Tensor)}
     data = data._replace(**tensors)
