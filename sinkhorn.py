@@ -289,17 +289,16 @@ def _checked(C, a, b, eps, tol, max_iter):
     C, a, b = _at_least_float32(C, a, b)
     if not bool((C.abs().max() / eps).isfinite()):
         raise ValueError(f"eps = {eps} is too small for costs as large as {C.abs().max().item():g} in {C.dtype}")
+    dtype = C.dtype
+    if eps >= (C.max() - C.min()).item():  # the rounding of a plan counts eps times; and two sweeps do here
+        C, a, b = C.double(), a.double(), b.double()
     total_a, total_b = a.sum(-1, keepdim=True), b.sum(-1, keepdim=True)
     if bool(((total_a - total_b).abs() > slack * total_a).any()):
         worst = (total_a - total_b).abs().argmax()
         pair = f"{total_a.flatten()[worst].item():g} and {total_b.flatten()[worst].item():g}"
         raise ValueError(f"a and b must have equal total mass, not {pair}")
     b = b * (total_a / total_b).detach()  # rounding must not leave a mass that fits nowhere
-    if eps >= float(
-        C.detach().max() - C.detach().min()
-    ):  # float32's rounding of the plan would count eps times; two sweeps do here
-        return C.double(), a.double(), b.double(), C.dtype
-    return C, a, b, C.dtype
+    return C, a, b, dtype
 
 
 def _checked_weight(name, weight, C, size):

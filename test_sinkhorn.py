@@ -277,7 +277,7 @@ def test_padding_with_far_points_of_no_weight_changes_nothing(dtype):
         return torch.cat([t, torch.full((5, *t.shape[1:]), 100.0 if t.dim() > 1 else 0.0, dtype=dtype)])
 
     for eps in (1e-3, 0.1, 1e3):
-        settings = {"eps": eps, "tol": 1e-5, "max_iter": 20_000}
+        settings = {"eps": eps, "tol": 1e-4, "max_iter": 20_000}
         p, q, w = padded(x).requires_grad_(), padded(y).requires_grad_(), padded(a).requires_grad_()
         value = sinkhorn_divergence(p, q, w, padded(b), **settings)
         small = x.clone().requires_grad_()
@@ -302,10 +302,10 @@ def test_any_total_mass_is_solved_alike(mass, dtype):
 
 
 def test_large_eps_in_float32_is_exact():
-    C, a, b = rand(1, 20, 30), simplex(2, 20), simplex(3, 30)
+    C, a, b = rand(1, 20, 30).float(), simplex(2, 20).float(), simplex(3, 30).float()
     for eps in (1, 1e3, 1e6):
-        want = entropic_ot(C, a, b, eps=eps, tol=1e-12)
-        got = entropic_ot(C.float(), a.float(), b.float(), eps=eps)
+        want = entropic_ot(C.double(), a.double(), b.double(), eps=eps, tol=1e-12)
+        got = entropic_ot(C, a, b, eps=eps)
         assert got.dtype == torch.float32 and abs(float(got) - float(want)) <= 1e-6
         assert sinkhorn_plan(C.float(), eps=eps).dtype == sinkhorn_potentials(C.float(), eps=eps).f.dtype == got.dtype
 
