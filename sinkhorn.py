@@ -67,7 +67,7 @@ def sinkhorn_potentials(C, a=None, b=None, eps=0.01, tol=1e-4, max_iter=1000):
     C, a, b, dtype = _checked(C, a, b, eps, tol, max_iter)
     potentials = _solve(C, a, b, eps, tol, max_iter)
     _warn_unless_converged([potentials], tol, max_iter)
-    return potentials._replace(f=potentials.f.to(dtype), g=potentials.g.to(dtype))
+    return potentials._replace(**{name: getattr(potentials, name).to(dtype) for name in ("f", "g", "error")})
 
 
 def sinkhorn_plan(C, a=None, b=None, eps=0.01, tol=1e-4, max_iter=1000):
