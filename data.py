@@ -13,6 +13,7 @@ Whatever is wrong with a file raises DataError with one line that names the file
 the row.
 """
 
+import functools
 import hashlib
 import math
 import os
@@ -40,10 +41,8 @@ class DataError(ValueError):
 class TwoView(NamedTuple):
     """N clips. Integer labels make a classification, float labels a regression."""
 
-    visual: torch.Tensor | Dataset  # (N, ...) float32, or Frames
-    privileged: (
-        torch.Tensor | Dataset | None
-    )  # (N, ...) float32, Sounds or Signals; None where only a student is scored
+    visual: torch.Tensor | Dataset  # (N, ...) float32, or raw: Frames
+    privileged: torch.Tensor | Dataset | None  # likewise, raw: Sounds or Signals; None where only a student is scored
     label: torch.Tensor  # (N,) int64 in 0 .. len(names) - 1, or (N, len(names)) float32
     names: list  # the class values as they stand in the file, or the names of the regressed columns
     group: np.ndarray | None  # (N,) int: the person of each clip; None where unknown
@@ -277,17 +276,13 @@ class Signals(Dataset):
     def __getitem__(self, i):
         path = self.files[i]
         try:
-            with open(path) as file:
-                header = file.readline().split()
-                if self.signal not in header:
-                    raise DataError(f"{path}: no column {self.signal}; it has {' '.join(header) or 'none'}")
-                values = np.loadtxt(file, delimiter="\t", usecols=header.index(self.signal), ndmin=1)
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read ({error})") from None
-        except DataError:
-            raise
-        except ValueError as error:
-            raise DataError(f"{path}: {error}".replace("\n", " ")) from None
+            header, *rows = path.read_text().splitlines() or [""]
+            columns = header.split()
+            if self.signal not in columns:
+                raise ValueError(f"no column {self.signal}; it has {' '.join(columns) or 'none'}")
+            values = np.loadtxt(rows, delimiter="\t", usecols=columns.index(self.signal), ndmin=1)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: cannot be read ({error})".replace("\n", " ")) from None
         if len(values) < 5 * SIGNAL_RATE or not np.isfinite(values).all():
             raise DataError(
                 f"{path}: {self.signal} needs {5 * SIGNAL_RATE} numbers (5 s); it has {len(values)} or holds NaN"
@@ -316,6 +311,7 @@ def read_wav(path):
     return rate, samples
 
 
+@functools.cache  # every clip needs them
 def mel_filters(bands=64, n_fft=1024, rate=SAMPLE_RATE):
     """Triangular filters (bands, n_fft / 2 + 1), evenly spaced on the mel scale 2595 log10(1 + f / 700)."""
     top = 2595 * math.log10(1 + rate / 2 / 700)
@@ -493,8 +489,7 @@ def biovid(root="data/biovid", need_privileged=True, levels=("BL1", "PA4"), sign
     folders, files, frames, labels, people = [], [], [], [], []
     for person in sorted(path for path in (root / "frames").iterdir() if path.is_dir()):
         for clip in sorted(path for path in person.iterdir() if path.is_dir()):
-            subject, _, rest = clip.name.partition("-")
-            level = rest.partition("-")[0]
+            level = clip.name.partition("-")[2].partition("-")[0]
             if level not in levels:
                 continue
             present = _frame_numbers(clip, prefix="img_")

@@ -1,4 +1,4 @@
-"""The networks of MT-PKDOT, smallest first. Nothing here knows of data sets, losses or files.
+"""The networks of MT-PKDOT: backbones, then what is built on them. Nothing here knows of data sets, losses or files.
 
     Encoder   feature vector -> embedding z (B, D)
     ResNet18  one-channel spectrogram -> embedding z (B, D)    torchvision's resnet18, name by name
@@ -11,7 +11,7 @@
     Student   visual input -> prediction: all that is left at test time
 
 B batch, T steps of a sequence, D = 512 embedding size, K outputs (classes or regressed values).
-Sources as METHOD in the docstrings: "released code" is what the authors' code does, "ours" our choice.
+Each docstring names its source: "released code" is what the authors' code does, "ours" our choice.
 """
 
 import torch
@@ -47,6 +47,13 @@ class Encoder(nn.Module):
 # ---- backbones for raw input --------------------------------------------------------------------------
 
 
+def shortcut(conv, norm, inputs, outputs, stride):
+    """A residual block's way past its convolutions: nothing, or a convolution of one position where shapes differ."""
+    if stride == 1 and inputs == outputs:
+        return nn.Identity()
+    return nn.Sequential(conv(inputs, outputs, 1, stride, bias=False), norm(outputs))
+
+
 class ResidualBlock(nn.Module):
     """Two 3 x 3 convolutions and a shortcut, (B, C, H, W) -> (B, C', H / stride, W / stride)."""
 
@@ -56,10 +63,7 @@ class ResidualBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
-        if stride > 1 or inputs != outputs:
-            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-        else:
-            self.downsample = nn.Identity()
+        self.downsample = shortcut(nn.Conv2d, nn.BatchNorm2d, inputs, outputs, stride)
 
     def forward(self, x):
         out = self.bn1(self.conv1(x)).relu()
@@ -71,16 +75,11 @@ class ResidualBlock3d(nn.Module):
 
     def __init__(self, inputs, outputs, stride):
         super().__init__()
-        first, second = (
-            nn.Conv3d(inputs, outputs, 3, stride, 1, bias=False),
-            nn.Conv3d(outputs, outputs, 3, 1, 1, bias=False),
-        )
-        self.conv1 = nn.Sequential(first, nn.BatchNorm3d(outputs), nn.ReLU())
-        self.conv2 = nn.Sequential(second, nn.BatchNorm3d(outputs))
-        if stride > 1 or inputs != outputs:
-            self.downsample = nn.Sequential(nn.Conv3d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm3d(outputs))
-        else:
-            self.downsample = nn.Identity()
+        conv1 = nn.Conv3d(inputs, outputs, 3, stride, padding=1, bias=False)
+        conv2 = nn.Conv3d(outputs, outputs, 3, padding=1, bias=False)
+        self.conv1 = nn.Sequential(conv1, nn.BatchNorm3d(outputs), nn.ReLU())
+        self.conv2 = nn.Sequential(conv2, nn.BatchNorm3d(outputs))
+        self.downsample = shortcut(nn.Conv3d, nn.BatchNorm3d, inputs, outputs, stride)
 
     def forward(self, x):
         return (self.conv2(self.conv1(x)) + self.downsample(x)).relu()
@@ -96,7 +95,7 @@ class Residual18(nn.Module):
     def __init__(self, block, dim, width):
         super().__init__()
         for stage, stride in enumerate((1, 2, 2, 2)):
-            inputs, outputs = (width * 2 ** max(stage - 1, 0), width * 2**stage)
+            inputs, outputs = width * 2 ** max(stage - 1, 0), width * 2**stage
             layer = nn.Sequential(block(inputs, outputs, stride), block(outputs, outputs, 1))
             self.add_module(f"layer{stage + 1}", layer)
         self.fc = nn.Linear(8 * width, dim)

@@ -273,7 +273,7 @@ def test_published_weights_start_the_backbones(tmp_path, capsys):
         started = torch.load(tmp_path / "out/fold0/teachers.pt", weights_only=True)["weights"]["visual"]
         published = torch.load(tmp_path / "r3d_18.pth", weights_only=True)
         torch.testing.assert_close(started["layer3.0.conv1.0.weight"], published["layer3.0.conv1.0.weight"])
-        error = run(capsys, *base, "--privileged-weights", tmp_path / "r3d_18.pth")
+        error = run(capsys, *base, "--privileged-weights", tmp_path / "r3d_18.pth")  # before anything is trained
         assert "not the published weights of ResNet18: missing" in error
         (tmp_path / "text.pth").write_text("weights")
         assert "text.pth: not a file of published weights" in run(

@@ -222,6 +222,7 @@ def test_missing_or_foreign_stages_are_named(digits_like, tmp_path, capsys):
         (["--fold", "1"], "--fold: the folds are 0 to 0"),
         (["--data", "faces.npz"], "--data: the synthetic data is made in memory"),
         (["--seed", "9" * 30], "--seed: 9999"),
+        (["--visual-weights", "r3d_18.pth"], "--visual-weights: they are for raw data"),
         (["--levels", "BL1"], "--levels: BL1 is not two or more"),
         (["--batch-size", "1"], "--batch-size: the CCC of a single clip"),
         (["--lr-student", "1e30"], "fold 0, mtpkdot, epoch 1: "),

@@ -184,11 +184,6 @@ def earlier(args, fold, stage, key):
     return saved
 
 
-def key_of(args, data, train):
-    """What stage 1 is made from, besides its hyper-parameters."""
-    return f"{digest(data.visual, data.privileged, data.label, train)}-{args.seed}-{args.dim}-{args.width}"
-
-
 def score(data, prediction, rows):
     """Accuracy in 0..1, or {column: CCC, "mean": their mean}."""
     label = data.label[rows]
@@ -212,6 +207,11 @@ def every_row(data):
     return torch.arange(len(data.label), device=data.label.device)
 
 
+def is_raw(view):
+    """Whether a view is read from files batch by batch, rather than vectors in memory."""
+    return not isinstance(view, torch.Tensor)
+
+
 def inputs(args, view, batches, training=False):
     """The view's rows on the device of the run, batch by batch."""
     for x in stream(view, batches, args.workers, pin=args.device == "cuda"):
@@ -222,15 +222,15 @@ def inputs(args, view, batches, training=False):
 @torch.no_grad()
 def embed(args, network, view, rows):
     """network(view[rows]), a chunk of rows at a time."""
-    chunks = rows.split(CHUNK if isinstance(view, torch.Tensor) else args.batch_size)
+    chunks = rows.split(args.batch_size if is_raw(view) else CHUNK)
     return torch.cat([network(x) for x in inputs(args, view, chunks)])
 
 
-def backbone(args, view):
+def backbone(view, dim, width):
     """An untrained network that embeds the view's input: vectors, clips of frames, or spectrograms."""
-    if isinstance(view, torch.Tensor):
-        return Encoder(view[0].numel(), args.dim)
-    return R3D18(args.dim, args.width) if view[0].dim() == 4 else ResNet18(args.dim, args.width)
+    if not is_raw(view):
+        return Encoder(view[0].numel(), dim)
+    return R3D18(dim, width) if view[0].dim() == 4 else ResNet18(dim, width)
 
 
 def start_from(network, path):
@@ -295,11 +295,11 @@ def teachers(args, data, fold, train, val, key):
     for view in VIEWS:
         seed_everything(args, fold, view)
         source, published = getattr(data, view), getattr(args, f"{view}_weights")
-        encoder, head = backbone(args, source).to(args.device), Head(args.dim, outputs).to(args.device)
-        if isinstance(encoder, Encoder):
-            encoder.fit_standardisation(source[train])
-        elif published:
+        encoder, head = backbone(source, args.dim, args.width).to(args.device), Head(args.dim, outputs).to(args.device)
+        if published:
             start_from(encoder, published)
+        elif not is_raw(source):
+            encoder.fit_standardisation(source[train])
         network = nn.Sequential(encoder, head)
         fitted[view] = fit(
             args, (fold, "teachers", view), network, [(network, args.lr_backbone)], args.epochs_backbone, train,
@@ -351,14 +351,17 @@ def restored(module, weights, args):
 
 def embeddings(args, data, fold, before, z=None):
     """z_v and z_p (N, D) of all clips, by the frozen backbones of stage 1; of raw data they are kept in a file."""
-    raw = [getattr(data, view) for view in VIEWS if not isinstance(getattr(data, view), torch.Tensor)]
+    raw = [getattr(data, view) for view in VIEWS if is_raw(getattr(data, view))]
     key = "-".join([before["id"], *map(stamp, raw)])
     path = stage_file(args, fold, "embeddings")
     if z is None and raw and path.exists() and (kept := read(path))["key"] == key:
         return [kept[view].to(args.device) for view in VIEWS]
     if z is None:
-        nets = {view: restored(backbone(args, getattr(data, view)), before["weights"][view], args) for view in VIEWS}
-        z = {view: embed(args, nets[view], getattr(data, view), every_row(data)) for view in VIEWS}
+        z = {}
+        for view in VIEWS:
+            source = getattr(data, view)
+            encoder = restored(backbone(source, args.dim, args.width), before["weights"][view], args)
+            z[view] = embed(args, encoder, source, every_row(data))
     if raw:
         write(path, {"key": key, **{view: z[view].cpu() for view in VIEWS}})
     return [z[view] for view in VIEWS]
@@ -450,7 +453,7 @@ def student(args, data, fold, train, val, key, method):
         args, (fold, "student", method), fusion, [(fusion, getattr(args, f"lr_{pace}"))],
         getattr(args, f"epochs_{pace}"), train, loss_of, lambda: score(data, over(val, lambda r: forward(r)[1]), val),
     )  # fmt: skip
-    whole = Student(restored(backbone(args, data.visual), weights["visual"], args), tnet, fusion)
+    whole = Student(restored(backbone(data.visual, args.dim, args.width), weights["visual"], args), tnet, fusion)
     write(stage_file(args, fold, f"student_{method}"), {
         "key": before["id"],
         "weights": whole.state_dict(),
@@ -459,7 +462,7 @@ def student(args, data, fold, train, val, key, method):
         "picks": dict(zip(mtpkdot.TEACHERS, picks.tolist())),
         "dim": args.dim,
         "width": args.width,
-        "raw": not isinstance(data.visual, torch.Tensor),
+        "raw": is_raw(data.visual),
         "input_shape": list(data.visual[0].shape),
         "task": data.task,
         "names": data.names,
@@ -477,8 +480,7 @@ def evaluate(args, data, fold, method):
     path = stage_file(args, fold, f"student_{method}")
     saved = read(path)
     shape, names = list(data.visual[0].shape), saved["names"]
-    raw = not isinstance(data.visual, torch.Tensor)
-    if (shape, data.task, raw) != (saved["input_shape"], saved["task"], saved["raw"]):
+    if (shape, data.task, is_raw(data.visual)) != (saved["input_shape"], saved["task"], saved["raw"]):
         fail(f"{path} is for {saved['task']} of input shape {saved['input_shape']}; the data is {data.task} of {shape}")
     unknown = [name for name in data.names if name not in names]
     if unknown or (data.task == "regression" and data.names != names):
@@ -489,8 +491,8 @@ def evaluate(args, data, fold, method):
     if data.task == "classification":
         index = torch.tensor([names.index(name) for name in data.names], device=args.device)
         data = data._replace(label=index[data.label])
-    args = argparse.Namespace(**{**vars(args), "dim": saved["dim"], "width": saved["width"]})
-    network = Student(backbone(args, data.visual), TNet(args.dim), Fusion(args.dim, len(names)))
+    dim = saved["dim"]
+    network = Student(backbone(data.visual, dim, saved["width"]), TNet(dim), Fusion(dim, len(names)))
     network = restored(network, saved["weights"], args)
     print(f"fold {fold}  {method:<10}  {len(rows)} {kind}")
     return score(data, embed(args, lambda x: network(x)[1], data.visual, rows), rows)
@@ -520,10 +522,13 @@ def evaluate_run(args, data, methods):
 # ---- reporting --------------------------------------------------------------------------------------
 
 
-def collect(args, data, parts):
-    """Write results.json and history.csv from what the run's folder holds for this data and seed; return results."""
+def collect(args, data, keys):
+    """Write results.json and history.csv from what the run's folder holds; return the results.
+
+    keys are those of each fold's stage 1: files made from other data, splits or seeds are left out.
+    """
     reports, history = [], []
-    for fold, (train, _) in enumerate(parts):
+    for fold, key in enumerate(keys):
         saved = {}
 
         def find(name, key):
@@ -533,7 +538,7 @@ def collect(args, data, parts):
                 history.extend(file["history"])
             return saved.get(name, {"id": None, "scores": {}})
 
-        first = find("teachers", key_of(args, data, train))
+        first = find("teachers", key)
         second = find("align", first["id"])
         students = {m: find(f"student_{m}", (second if m == "mtpkdot" else first)["id"])["scores"] for m in METHODS}
         if saved:
@@ -635,21 +640,29 @@ def run(args):
     if args.fold is not None and args.fold >= len(parts):
         fail(f"argument --fold: the folds are 0 to {len(parts) - 1}")
     parts = [tuple(torch.from_numpy(rows).to(args.device) for rows in part) for part in parts]
-    try:  # better before hours of training than after
+    # What can fail for want of a folder or a file fails here, not after hours of training.
+    try:
         args.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out).close()
     except OSError as error:
         fail(f"argument --out: {args.out} cannot be written ({error.strerror})")
+    for view in VIEWS:
+        if published := getattr(args, f"{view}_weights"):
+            if not is_raw(getattr(data, view)):
+                fail(f"argument --{view}-weights: they are for raw data, and this data set holds vectors")
+            start_from(backbone(getattr(data, view), args.dim, args.width), published)
+    # What each fold's stage 1 is made from, besides its hyper-parameters.
+    content = f"{digest(data.visual, data.privileged, data.label)}-{args.seed}-{args.dim}-{args.width}"
+    keys = [f"{content}-{digest(train)}" for train, _ in parts]
     for fold in range(len(parts)) if args.fold is None else [args.fold]:
-        train, val = parts[fold]
-        key = key_of(args, data, train)
+        (train, val), key = parts[fold], keys[fold]
         if args.stage in ("all", "teachers"):
             teachers(args, data, fold, train, val, key)
         if args.stage in ("all", "align"):
             align(args, data, fold, train, val, key)
         for method in methods if args.stage in ("all", "student") else ():
             student(args, data, fold, train, val, key, method)
-        results = collect(args, data, parts)
+        results = collect(args, data, keys)
     show_results(args, data, results)
 
 
