@@ -39,10 +39,14 @@ class DataError(ValueError):
 
 
 class TwoView(NamedTuple):
-    """N clips. Integer labels make a classification, float labels a regression."""
+    """N clips. Integer labels make a classification, float labels a regression.
 
-    visual: torch.Tensor | Dataset  # (N, ...) float32, or raw: Frames
-    privileged: torch.Tensor | Dataset | None  # likewise, raw: Sounds or Signals; None where only a student is scored
+    A view [i] is a vector (F,) float32, a clip of frames (3, T, H, W) uint8 or a spectrogram (1, H, W) float32; as a
+    tensor it is in memory, as a Dataset in files.
+    """
+
+    visual: torch.Tensor | Dataset
+    privileged: torch.Tensor | Dataset | None  # None where only a student is scored
     label: torch.Tensor  # (N,) int64 in 0 .. len(names) - 1, or (N, len(names)) float32
     names: list  # the class values as they stand in the file, or the names of the regressed columns
     group: np.ndarray | None  # (N,) int: the person of each clip; None where unknown
@@ -121,8 +125,8 @@ def _numbers(path, key, array):
         raise DataError(f"{path}: {key} must hold numbers, not {array.dtype} of shape {array.shape}")
     with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which is refused below
         values = torch.from_numpy(array.astype(np.float32))
-    values = values if values.dim() > 1 else values.unsqueeze(1)
-    bad = ~values.flatten(1).isfinite().all(1)
+    values = values.flatten(1) if values.dim() > 1 else values.unsqueeze(1)
+    bad = ~values.isfinite().all(1)
     if bool(bad.any()):
         raise DataError(f"{path}: {key} row {int(bad.nonzero()[0])} holds NaN, infinite or too large values")
     return values
@@ -161,14 +165,16 @@ def _split(path, array):
 # ---- the embedded default ---------------------------------------------------------------------------
 
 
-def synthetic(seed=0, people=24, clips=60, size=32):
-    """An Aff-Wild2-like problem, made in memory: `people` faces filmed for `clips` clips each.
+def synthetic(seed=0, people=60, clips=24, size=32, frames=4):
+    """An Aff-Wild2-like problem, rendered in memory: `people` faces filmed for `clips` clips each.
 
-    Valence and arousal wander in time within [-1, 1]. The face shows them through a fixed random
-    nonlinear map, next to who the person is (another map), with noise; in spells of several clips half of
-    it is occluded (zero). The voice shows them in its own way, with less of the person, less noise and no
-    occlusion. People are numbered, and every third is in the validation split. Source: ours; it exists to
-    exercise the code, and says nothing about real faces.
+    Valence and arousal wander in time within [-1, 1]. A face, drawn in its person's proportions and tone, curves its
+    mouth with valence and opens its eyes with arousal, unsteadily from frame to frame and in noise; in spells of
+    several clips a hand hides its mouth or its eyes. The voice's harmonics lie by arousal and by speaker, and fall off
+    by valence, with less noise and never hidden. Every third person is in the validation split. Source: ours; it
+    exists to exercise the code, and says nothing about real faces.
+
+    visual (3, frames, size, size) uint8, privileged a spectrogram (1, size, size) float32.
     """
     g = torch.Generator().manual_seed(seed)
 
@@ -180,18 +186,25 @@ def synthetic(seed=0, people=24, clips=60, size=32):
         state = 0.95 * state + 0.3 * normal(people, 2)
         states.append(state)
     label = torch.stack(states, dim=1).tanh()  # (people, clips, 2)
-    identity = normal(people, 1, 8)
+    person = normal(people, 1, 1, 1, 1, 6)  # (people, clips, frames, size, size) in all that follows
+    shown = label.view(people, clips, 1, 1, 1, 2) + 0.15 * normal(people, clips, frames, 1, 1, 2)
+    y, x = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")
 
-    def view(identity_scale, noise):
-        hidden = torch.cat([2 * label, identity_scale * identity.expand(-1, clips, -1)], dim=-1) @ normal(10, size)
-        return (hidden / 2).tanh() + noise * normal(people, clips, size)
+    face = (0.6 + 0.08 * person[..., 0]) * ((x / 0.75) ** 2 + (y / (0.9 + 0.05 * person[..., 1])) ** 2 < 1)
+    eyes = (x.abs() - 0.33 - 0.04 * person[..., 2]) ** 2 / 0.02 + (y + 0.25) ** 2 / (0.12 + 0.07 * shown[..., 1]) ** 2
+    mouth = (y - 0.42 - 0.05 * person[..., 3] + 0.9 * shown[..., 0] * (x**2 - 0.12)) ** 2 / 0.008 + (x / 0.55) ** 4
+    face = face - 0.4 * (-eyes).exp() - 0.4 * (-mouth).exp() + 0.08 * normal(people, clips, frames, size, size)
+    spells = torch.nn.functional.max_pool1d((torch.rand(people, 2, clips, generator=g) < 0.03).float(), 5, 1, 2) > 0
+    for part, hidden in zip((y < 0, y >= 0), spells.unbind(1)):
+        face = torch.where(hidden.view(people, clips, 1, 1, 1) & part, 0.3, face)
+    face = (255 * face.clamp(0, 1)).byte().flatten(0, 1).unsqueeze(1).expand(-1, 3, -1, -1, -1)
 
-    face, voice = view(identity_scale=1.0, noise=0.5), view(identity_scale=0.5, noise=0.25)
-    occluded = torch.nn.functional.max_pool1d((torch.rand(people, 1, clips, generator=g) < 0.05).float(), 7, 1, 3)
-    face[..., : size // 2] *= 1 - occluded.transpose(1, 2)
+    heard, height = shown.mean(2), (torch.arange(size) / size).view(size, 1)  # height: frequency
+    pitch, slope = 0.22 + 0.06 * heard[..., 1] + 0.01 * person[:, :, 0, ..., 4], 2 + 0.2 * person[:, :, 0, ..., 5]
+    harmonics = (2 * math.pi * height / pitch).cos() * (-height * (slope - heard[..., 0])).exp()
+    voice = (harmonics + 0.2 * normal(people, clips, size, size)).flatten(0, 1).unsqueeze(1)
     group = np.repeat(np.arange(people), clips)
-    face, voice, label = (t.flatten(0, 1) for t in (face, voice, label))
-    return TwoView(face, voice, label, ["valence", "arousal"], group, split=group % 3 > 0)
+    return TwoView(face, voice, label.flatten(0, 1), ["valence", "arousal"], group, split=group % 3 > 0)
 
 
 # ---- raw views: read when asked for -------------------------------------------------------------------
@@ -345,16 +358,17 @@ def log_mel(sound, steps=107):
     return ((10 * power.clamp_min(1e-10).log10() + 14.8) / 19.895).float().unsqueeze(0)
 
 
-def augment(clips, shift=8):
+def augment(clips, chance, shift=8):
     """Training video made more varied: each clip mirrored or not, and moved by up to `shift` pixels.
 
-    (B, 3, T, H, W) -> the same shape, all frames of a clip alike; what moves in is black. Source: ours.
+    (B, 3, T, H, W) -> the same shape, all frames of a clip alike; what moves in is black. chance (B, 3) holds
+    uniform random numbers in [0, 1), on the CPU. Source: ours.
     """
-    mirrored = torch.rand(len(clips), 1, 1, 1, 1) < 0.5
+    mirrored = (chance[:, 0] < 0.5).view(-1, 1, 1, 1, 1)
     clips = torch.where(mirrored.to(clips.device), clips.flip(-1), clips)
     height, width = clips.shape[-2:]
     padded = torch.nn.functional.pad(clips, (shift,) * 4)
-    corners = torch.randint(2 * shift + 1, (len(clips), 2)).tolist()
+    corners = (chance[:, 1:] * (2 * shift + 1)).long().tolist()
     return torch.stack([clip[..., y : y + height, x : x + width] for clip, (y, x) in zip(padded, corners)])
 
 
@@ -595,6 +609,8 @@ def digest(*values):
 
 
 def stamp(view):
-    """A fingerprint of the files behind a raw view, by time and size (of a folder of frames, not of each frame)."""
+    """A fingerprint of a view; of files by time and size too (of a folder of frames, not of each frame)."""
+    if isinstance(view, torch.Tensor):
+        return digest(view)
     found = [path.stat() for path in (view.folders if isinstance(view, Frames) else view.files)]
     return digest(view, np.array([(status.st_mtime_ns, status.st_size) for status in found]))

@@ -14,6 +14,8 @@ B batch, T steps of a sequence, D = 512 embedding size, K outputs (classes or re
 Each docstring names its source: "released code" is what the authors' code does, "ours" our choice.
 """
 
+import functools
+
 import torch
 from torch import nn
 
@@ -136,11 +138,41 @@ class R3D18(Residual18):
         imagenet = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1, 1)
         self.register_buffer("imagenet", imagenet, persistent=False)  # the published files have no such key
         self.initialise()
+        self.to(memory_format=torch.channels_last_3d)  # measured faster, up to twice
 
     def stem_of(self, x):
         if x.dtype == torch.uint8:
             x = (x / 255 - self.imagenet[0]) / self.imagenet[1]
         return self.stem(x)
+
+
+def synchronise_batch_norm(network, whole):
+    """Have the batch norms of a network take mean and variance over the batches of all processes, of any sizes.
+
+    whole: a row (1, n) of each process -> all rows (processes, n), with gradients. Does what nn.SyncBatchNorm does on
+    CUDA only. Source: ours; variance of parts by Chan's formula.
+    """
+    for module in network.modules():
+        if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)):
+            module.forward = functools.partial(_synchronised, module, whole)
+
+
+def _synchronised(self, whole, x):
+    if not self.training:
+        return type(self).forward(self, x)
+    channels, spread = x.shape[1], (1, -1) + (1,) * (x.dim() - 2)
+    var, mean = torch.var_mean(x.float(), [0, *range(2, x.dim())], correction=0)
+    parts = whole(torch.cat([mean, var, mean.new_full((1,), x.numel() // channels)]).unsqueeze(0))
+    count, n = parts[:, -1:], parts[:, -1].sum()
+    means, vars = parts[:, :channels], parts[:, channels:-1]
+    mean = (count * means).sum(0) / n
+    var = (count * (vars + (means - mean) ** 2)).sum(0) / n
+    with torch.no_grad():
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(var * n / (n - 1), self.momentum)
+    scale = self.weight * (var + self.eps).rsqrt()
+    return (x * scale.view(spread) + (self.bias - mean * scale).view(spread)).to(x.dtype)
 
 
 def load_published(network, published):
@@ -269,5 +301,7 @@ class Student(nn.Module):
         self.encoder, self.tnet, self.fusion = encoder, tnet, fusion
 
     def forward(self, visual):
-        z_v = self.encoder(visual)
+        return self.from_embedding(self.encoder(visual))
+
+    def from_embedding(self, z_v):
         return self.fusion(z_v.unsqueeze(1), self.tnet(z_v).unsqueeze(1))

@@ -25,7 +25,7 @@ def test_features_are_what_was_written(tmp_path):
     given = arrays(group=np.repeat(list("abcd"), 10), split=np.array(["train"] * 30 + ["val"] * 10))
     data = features(written(tmp_path, **given))
     assert np.array_equal(data.visual.numpy(), given["visual"].astype(np.float32))
-    assert np.array_equal(data.privileged.numpy(), given["privileged"].astype(np.float32))
+    assert np.array_equal(data.privileged.numpy(), given["privileged"].reshape(40, -1).astype(np.float32))
     assert data.label.tolist() == given["label"].tolist() and data.names == [0, 1, 2, 3]
     assert (
         data.group.tolist() == np.repeat([0, 1, 2, 3], 10).tolist()
@@ -130,14 +130,29 @@ def test_synthetic_is_people_in_time_within_the_range_of_the_labels():
     data = synthetic(0)
     assert data.task == "regression" and data.names == ["valence", "arousal"]
     assert float(data.label.abs().max()) <= 1 and len(data.visual) == len(data.privileged) == len(data.label) == 1440
-    for person in range(24):
-        label = data.label[data.group == person]
-        a_step, any_two = (label[1:] - label[:-1]).square().mean(), (label - label.flip(0)).square().mean()
-        assert a_step < any_two  # it wanders, it does not jump
+    assert data.visual.shape[1:] == (3, 4, 32, 32) and data.visual.dtype == torch.uint8
+    assert data.privileged.shape[1:] == (1, 32, 32) and data.privileged.dtype == torch.float32
+    for person in range(60):
         assert len(set(data.split[data.group == person])) == 1
-    hidden = (data.visual[:, :16] == 0).all(1)
-    assert 0.1 < hidden.float().mean() < 0.5 and not bool((data.privileged == 0).any())
+    label = data.label.view(60, 24, 2)
+    a_step, any_two = label.diff(dim=1).square().mean(), (label - label.flip(1)).square().mean()
+    assert a_step < any_two / 2  # it wanders, it does not jump
     assert synthetic(0).visual.equal(data.visual) and not synthetic(1).visual.equal(data.visual)
+
+
+def test_synthetic_faces_smile_with_valence_and_the_voice_rises_with_arousal():
+    data = synthetic(0)
+    frames = data.visual[:, 0].float().mean(1)  # (N, 32, 32)
+    hidden = torch.stack([(frames[:, half] == frames[:, half][:, :1, :1]).flatten(1).all(1)
+                          for half in (slice(16), slice(16, 32))])  # fmt: skip
+    assert 0.05 < hidden[0].float().mean() < 0.3 and 0.05 < hidden[1].float().mean() < 0.3
+    seen = ~hidden[1]
+    rows = frames[seen, 18:27].argmin(1).float()  # the darkest row of each column is the mouth's
+    smile = rows[:, 14:18].mean(1) - rows[:, [9, 10, 21, 22]].mean(1)  # how far its corners are above its middle
+    assert np.corrcoef(smile, data.label[seen, 0])[0, 1] > 0.7
+    spectrum = data.privileged[:, 0].mean(2)
+    first = spectrum[:, 4:14].argmax(1).float()  # the first harmonic
+    assert np.corrcoef(first, data.label[:, 1])[0, 1] > 0.7
 
 
 # ---- folds ------------------------------------------------------------------------------------------

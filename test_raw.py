@@ -234,7 +234,7 @@ def test_embeddings_are_kept_until_data_or_backbones_change(tmp_path, capsys, mo
 def test_augment_moves_all_frames_of_a_clip_alike():
     torch.manual_seed(0)
     still = torch.randint(1, 255, (40, 3, 1, 20, 24), dtype=torch.uint8).expand(-1, -1, 4, -1, -1)
-    moved = augment(still, shift=3)
+    moved = augment(still, torch.rand(40, 3), shift=3)
     assert moved.shape == still.shape and moved.dtype == torch.uint8
     assert moved.equal(moved[:, :, :1].expand_as(moved))  # no frame went elsewhere than the others
     kinds = set()

@@ -164,6 +164,11 @@ def test_eval_on_other_data_scores_every_row_with_the_trained_classes(digits_lik
     assert "the data is regression" in run(capsys, *base, tmp_path / "float.npz")
 
 
+def test_published_weights_are_for_raw_data(digits_like, tmp_path, capsys):
+    base = arguments(digits_like, tmp_path)
+    assert "--visual-weights: they are for raw data" in run(capsys, *base, "--visual-weights", "r3d_18.pth")
+
+
 def test_regression_by_person_scores_ccc(tmp_path, capsys):
     data = two_view(tmp_path / "d.npz", regression=True, group=np.arange(120) // 10)
     out = run(capsys, "--dataset", "features", "--data", data, "--out", tmp_path / "out", "--folds", 2)
@@ -222,12 +227,12 @@ def test_missing_or_foreign_stages_are_named(digits_like, tmp_path, capsys):
         (["--fold", "1"], "--fold: the folds are 0 to 0"),
         (["--data", "faces.npz"], "--data: the synthetic data is made in memory"),
         (["--seed", "9" * 30], "--seed: 9999"),
-        (["--visual-weights", "r3d_18.pth"], "--visual-weights: they are for raw data"),
+        (["--visual-weights", "r3d_18.pth"], "r3d_18.pth: no such file"),
         (["--levels", "BL1"], "--levels: BL1 is not two or more"),
         (["--batch-size", "1"], "--batch-size: the CCC of a single clip"),
         (["--lr-student", "1e30"], "fold 0, mtpkdot, epoch 1: "),
         (["--eps", "1e-40"], "fold 0, mtpkdot, epoch 1: eps = 1e-40 is too small"),
-        (["--folds", "25"], "24 people, too few for 25 folds"),
+        (["--folds", "61"], "60 people, too few for 61 folds"),
         (["--folds", "1"], "--folds: 1 is not at least 2"),
         (["--batch-size", "0"], "--batch-size: 0 is not at least 1"),
         (["--batch-size", "many"], "--batch-size: invalid int value"),

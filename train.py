@@ -17,6 +17,7 @@ key of what it was made from, so that a student is never reported beside teacher
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import io
@@ -28,15 +29,30 @@ import sys
 import tempfile
 import warnings
 import zlib
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch import nn
+import torch.distributed.nn.functional
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import mtpkdot
 from data import BIOVID_LEVELS, BIOVID_SIGNALS, DataError, augment, digest, folds, load, stamp, stream
-from models import DIM, R3D18, Encoder, Fusion, Head, ResNet18, Student, Teachers, TNet, load_published
+from models import (
+    DIM,
+    R3D18,
+    Encoder,
+    Fusion,
+    Head,
+    ResNet18,
+    Student,
+    Teachers,
+    TNet,
+    load_published,
+    synchronise_batch_norm,
+)
 
 VIEWS = ("visual", "privileged")
 METHODS = ("mtpkdot", "pkdot", "mse", "cosine", "task")
@@ -97,13 +113,14 @@ def options(argv=None):
     add("--batch-size", type=count, default=128, help="default 128")
     add("--epochs", type=count, help="epochs of everything that trains, in the place of the --epochs-... below")
     add("--dim", type=number(int, 2), default=DIM, help=f"embedding size, even (default {DIM})")
-    add("--width", type=count, default=64, help="of the first stage of both 18-layer networks (default 64)")
+    add("--width", type=count, help="of the first stage of both 18-layer networks (default 64; synthetic 4)")
     add("--visual-weights", type=Path, metavar="FILE", help="published r3d_18 weights to start from")
     add("--privileged-weights", type=Path, metavar="FILE", help="published resnet18 weights to start from")
     add("--clip-stride", type=count, default=1, metavar="N", help="affwild2: take every N-th usable frame")
     add("--levels", default="BL1,PA4", help="biovid: classes, of BL1, PA1 ... PA4 (default BL1,PA4)")
     add("--signal", default="emg_corrugator", choices=BIOVID_SIGNALS, help="biovid: privileged signal")
     add("--augment", action="store_true", help="mirror and shift the training clips of raw video")
+    add("--amp", default="auto", choices=["auto", "on", "off"], help="bfloat16 in raw data's backbones (auto: on CUDA)")
     add("--workers", type=number(int, 0), default=min(8, os.cpu_count() or 1), help="processes that read raw data")
     add("--k", type=count, default=30, help="anchors a row (default 30)")
     add("--anchors", default="most", choices=["most", "least"], help="k most (default) or least similar clips")
@@ -136,6 +153,9 @@ def options(argv=None):
         fail("argument --device: this machine has no CUDA device; use --device cpu")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.amp == "auto":  # bfloat16 is fast from compute capability 8 on
+        args.amp = "on" if args.device == "cuda" and torch.cuda.get_device_capability() >= (8, 0) else "off"
+    args.width = args.width or (4 if args.dataset == "synthetic" else 64)
     return args
 
 
@@ -207,39 +227,71 @@ def every_row(data):
     return torch.arange(len(data.label), device=data.label.device)
 
 
+# ---- backbones, in one process or in several ---------------------------------------------------------
+
+
+def processes():
+    """(number of this process, number of processes): (0, 1), or what torchrun started."""
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
+def share(rows):
+    """This process's part of the rows."""
+    number, count = processes()
+    return rows.tensor_split(count)[number]
+
+
+def whole(part, total):
+    """The parts of all processes put together again, (n, ...) each -> (total, ...); gradients flow to every part."""
+    if processes()[1] == 1:
+        return part
+    padded = part.new_zeros(total, *part.shape[1:])
+    padded[share(torch.arange(total, device=part.device))] = part
+    return distributed.nn.functional.all_reduce(padded)
+
+
 def is_raw(view):
-    """Whether a view is read from files batch by batch, rather than vectors in memory."""
-    return not isinstance(view, torch.Tensor)
-
-
-def inputs(args, view, batches, training=False):
-    """The view's rows on the device of the run, batch by batch."""
-    for x in stream(view, batches, args.workers, pin=args.device == "cuda"):
-        x = x.to(args.device, non_blocking=True)
-        yield augment(x) if training and args.augment and x.dtype == torch.uint8 else x
-
-
-@torch.no_grad()
-def embed(args, network, view, rows):
-    """network(view[rows]), a chunk of rows at a time."""
-    chunks = rows.split(args.batch_size if is_raw(view) else CHUNK)
-    return torch.cat([network(x) for x in inputs(args, view, chunks)])
+    """Whether a view holds frames or spectrograms, not vectors."""
+    return view[0].dim() > 1
 
 
 def backbone(view, dim, width):
     """An untrained network that embeds the view's input: vectors, clips of frames, or spectrograms."""
     if not is_raw(view):
-        return Encoder(view[0].numel(), dim)
+        return Encoder(len(view[0]), dim)
     return R3D18(dim, width) if view[0].dim() == 4 else ResNet18(dim, width)
 
 
 def start_from(network, path):
     try:
         load_published(network, torch.load(path, map_location="cpu", weights_only=True))
+    except FileNotFoundError:
+        fail(f"{path}: no such file")
     except ValueError as error:
         fail(f"{path}: {error}")
     except Exception as error:  # a damaged or foreign file can raise anything; its reader needs the name
         fail(f"{path}: not a file of published weights ({type(error).__name__})")
+
+
+def forward(args, network, x):
+    """network(x) in float32; raw input goes through it in bfloat16 where --amp says so."""
+    with torch.autocast(args.device, torch.bfloat16, enabled=args.amp == "on" and x.dim() > 2):
+        return network(x).float()
+
+
+def inputs(args, view, batches):
+    """The view's rows on the device of the run, batch by batch."""
+    for x in stream(view, batches, args.workers, pin=args.device == "cuda"):
+        yield x.to(args.device, non_blocking=True)
+
+
+@torch.no_grad()
+def embed(args, network, view, rows, shared=False):
+    """network(view[rows]), a chunk of rows at a time; shared: all processes are here, and each does its part."""
+    part = share(rows) if shared else rows
+    chunks = inputs(args, view, part.split(args.batch_size if is_raw(view) else CHUNK))
+    z = torch.cat([forward(args, network, x) for x in chunks])
+    return whole(z, len(rows)) if shared else z
 
 
 # ---- the one training loop --------------------------------------------------------------------------
@@ -250,19 +302,23 @@ def fit(args, where, network, rates, epochs, rows, loss_of, score_of, view=None)
 
     where      (fold, stage, model), for the log
     rates      list of (module, learning rate)
-    loss_of    rows of a batch (and the view's input there) -> dict of scalar tensors, of which "loss" is minimised
+    loss_of    rows of a batch (and this process's share of the view there) -> dict of scalar tensors, of which
+               "loss" is minimised
     score_of   () -> score on the validation rows
     """
     optimizer = torch.optim.Adam([{"params": list(module.parameters()), "lr": rate} for module, rate in rates])
     batches = max(1, min(math.ceil(len(rows) / args.batch_size), len(rows) // 2))  # of two clips at the least
+    if view is not None and len(rows) // batches < processes()[1]:
+        fail(f"{processes()[1]} processes cannot share batches of {len(rows) // batches} clips: start fewer")
     best, history = None, []
     for epoch in range(1, epochs + 1):
         network.train()
         sums = {}
         # Batches of nearly equal size: the similarities within a runt of two clips would mean nothing.
         order = rows[torch.randperm(len(rows)).to(rows.device)].tensor_split(batches)
-        steps = zip(order) if view is None else zip(order, inputs(args, view, order, training=True))
-        for batch, *x in tqdm(steps, f"{where[2]} {epoch}/{epochs}", batches, leave=False, disable=None):
+        steps = zip(order) if view is None else zip(order, inputs(args, view, [share(batch) for batch in order]))
+        hidden = processes()[0] > 0 or None  # None: where stderr is not a terminal
+        for batch, *x in tqdm(steps, f"{where[2]} {epoch}/{epochs}", batches, leave=False, disable=hidden):
             try:
                 terms = loss_of(batch, *x)
             except ValueError as error:  # what Sinkhorn refuses, such as the embeddings of a diverged student
@@ -300,14 +356,25 @@ def teachers(args, data, fold, train, val, key):
             start_from(encoder, published)
         elif not is_raw(source):
             encoder.fit_standardisation(source[train])
-        network = nn.Sequential(encoder, head)
+        network = trained = nn.Sequential(encoder, head)
+        if processes()[1] > 1:
+            synchronise_batch_norm(network, lambda row: whole(row, processes()[1]))
+            trained = DistributedDataParallel(network, broadcast_buffers=False)
+
+        def loss_of(rows, x):
+            if args.augment and x.dtype == torch.uint8:
+                x = augment(x, share(torch.rand(len(rows), 3)))
+            prediction = whole(forward(args, trained, x), len(rows))
+            return {"loss": mtpkdot.task_loss(prediction, data.label[rows])}
+
         fitted[view] = fit(
             args, (fold, "teachers", view), network, [(network, args.lr_backbone)], args.epochs_backbone, train,
-            lambda rows, x: {"loss": mtpkdot.task_loss(network(x), data.label[rows])},
-            lambda: score(data, embed(args, network, source, val), val), source,
+            loss_of, lambda: score(data, embed(args, network, source, val, shared=True), val), source,
         )  # fmt: skip
-        z[view] = embed(args, encoder, source, every_row(data))
+        z[view] = embed(args, encoder, source, every_row(data), shared=True)
         weights[view], weights[f"{view}_head"] = encoder.state_dict(), head.state_dict()
+    if processes()[0] > 0:
+        return  # what follows runs on embeddings, fast, in the first process
 
     seed_everything(args, fold, "joint")
     joint = Fusion(args.dim, outputs).to(args.device)
@@ -350,11 +417,10 @@ def restored(module, weights, args):
 
 
 def embeddings(args, data, fold, before, z=None):
-    """z_v and z_p (N, D) of all clips, by the frozen backbones of stage 1; of raw data they are kept in a file."""
-    raw = [getattr(data, view) for view in VIEWS if is_raw(getattr(data, view))]
-    key = "-".join([before["id"], *map(stamp, raw)])
+    """z_v and z_p (N, D) of all clips, by the frozen backbones of stage 1, kept in a file."""
+    key = "-".join([before["id"], *(stamp(getattr(data, view)) for view in VIEWS)])
     path = stage_file(args, fold, "embeddings")
-    if z is None and raw and path.exists() and (kept := read(path))["key"] == key:
+    if z is None and path.exists() and (kept := read(path))["key"] == key:
         return [kept[view].to(args.device) for view in VIEWS]
     if z is None:
         z = {}
@@ -362,8 +428,7 @@ def embeddings(args, data, fold, before, z=None):
             source = getattr(data, view)
             encoder = restored(backbone(source, args.dim, args.width), before["weights"][view], args)
             z[view] = embed(args, encoder, source, every_row(data))
-    if raw:
-        write(path, {"key": key, **{view: z[view].cpu() for view in VIEWS}})
+    write(path, {"key": key, **{view: z[view].cpu() for view in VIEWS}})
     return [z[view] for view in VIEWS]
 
 
@@ -462,7 +527,6 @@ def student(args, data, fold, train, val, key, method):
         "picks": dict(zip(mtpkdot.TEACHERS, picks.tolist())),
         "dim": args.dim,
         "width": args.width,
-        "raw": is_raw(data.visual),
         "input_shape": list(data.visual[0].shape),
         "task": data.task,
         "names": data.names,
@@ -480,7 +544,7 @@ def evaluate(args, data, fold, method):
     path = stage_file(args, fold, f"student_{method}")
     saved = read(path)
     shape, names = list(data.visual[0].shape), saved["names"]
-    if (shape, data.task, is_raw(data.visual)) != (saved["input_shape"], saved["task"], saved["raw"]):
+    if (shape, data.task) != (saved["input_shape"], saved["task"]):
         fail(f"{path} is for {saved['task']} of input shape {saved['input_shape']}; the data is {data.task} of {shape}")
     unknown = [name for name in data.names if name not in names]
     if unknown or (data.task == "regression" and data.names != names):
@@ -495,7 +559,8 @@ def evaluate(args, data, fold, method):
     network = Student(backbone(data.visual, dim, saved["width"]), TNet(dim), Fusion(dim, len(names)))
     network = restored(network, saved["weights"], args)
     print(f"fold {fold}  {method:<10}  {len(rows)} {kind}")
-    return score(data, embed(args, lambda x: network(x)[1], data.visual, rows), rows)
+    z_v = embed(args, network.encoder, data.visual, rows)
+    return score(data, over(torch.arange(len(rows)), lambda part: network.from_embedding(z_v[part])[1]), rows)
 
 
 def evaluate_run(args, data, methods):
@@ -658,21 +723,36 @@ def run(args):
         (train, val), key = parts[fold], keys[fold]
         if args.stage in ("all", "teachers"):
             teachers(args, data, fold, train, val, key)
+        if processes()[0] > 0:
+            continue
         if args.stage in ("all", "align"):
             align(args, data, fold, train, val, key)
         for method in methods if args.stage in ("all", "student") else ():
             student(args, data, fold, train, val, key, method)
         results = collect(args, data, keys)
-    show_results(args, data, results)
+    if processes()[0] == 0:
+        show_results(args, data, results)
 
 
 def main(argv=None):
     args = options(argv)
     warnings.filterwarnings("once", category=RuntimeWarning)  # Sinkhorn's, when it has not converged
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and args.stage in ("all", "teachers")  # what torchrun sets
+    if several:
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # The first process trains the students of a fold before all train the teachers of the next.
+        distributed.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(days=1))
+    first = int(os.environ.get("RANK", 0)) == 0
     try:
-        run(args)
+        if several or first:
+            with contextlib.redirect_stdout(sys.stdout if first else io.StringIO()):
+                run(args)
     except DataError as error:
         fail(error)
+    finally:
+        if several:
+            distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
