@@ -51,20 +51,35 @@ class TwoView(NamedTuple):
     names: list  # the class values as they stand in the file, or the names of the regressed columns
     group: np.ndarray | None  # (N,) int: the person of each clip; None where unknown
     split: np.ndarray | None  # (N,) bool: True for training, where the data set brings its own split
+    skipped: tuple = ()  # of every bad clip that was left out, what is wrong with it
 
     @property
     def task(self):
         return "regression" if self.label.dtype.is_floating_point else "classification"
 
 
-def load(dataset, path=None, seed=0, need_privileged=True, stride=1, levels=("BL1", "PA4"), signal="emg_corrugator"):
-    """The TwoView of a data set by name. path is its file or folder; seed makes the synthetic one."""
+def load(
+    dataset,
+    path=None,
+    seed=0,
+    need_privileged=True,
+    stride=1,
+    levels=("BL1", "PA4"),
+    signal="emg_corrugator",
+    skip_bad=False,
+    workers=0,
+):
+    """The TwoView of a data set by name. path is its file or folder; seed makes the synthetic one.
+
+    skip_bad leaves out what is wrong with raw data, to which end every clip is read once, by `workers` processes.
+    """
+    skipped = [] if skip_bad else None
     if dataset == "synthetic":
         return synthetic(seed)
     if dataset == "affwild2":
-        return affwild2(path or "data/affwild2", need_privileged, stride)
+        return _readable(affwild2(path or "data/affwild2", need_privileged, stride, skipped), skipped, workers)
     if dataset == "biovid":
-        return biovid(path or "data/biovid", need_privileged, levels, signal)
+        return _readable(biovid(path or "data/biovid", need_privileged, levels, signal, skipped), skipped, workers)
     if path is None:
         raise DataError("--dataset features needs --data FILE.npz with visual, privileged and label")
     return features(path, need_privileged)
@@ -218,6 +233,10 @@ class Frames(Dataset):
     """
 
     def __init__(self, folders, pattern, of, frames, size=112):
+        try:
+            import PIL  # noqa: F401
+        except ImportError:
+            raise DataError("reading JPEG files needs Pillow: pip install pillow") from None
         self.folders, self.pattern, self.of, self.frames, self.size = folders, pattern, of, frames, size
 
     def __len__(self):
@@ -231,11 +250,12 @@ class Frames(Dataset):
     def key(self):
         return [np.array([folder.name for folder in self.folders]), self.of, self.frames]
 
+    def only(self, rows):
+        return Frames(self.folders, self.pattern, self.of[rows], self.frames[rows], self.size)
+
     def _image(self, path):
-        try:
-            from PIL import Image
-        except ImportError:
-            raise DataError(f"{path}: reading JPEG files needs Pillow: pip install pillow") from None
+        from PIL import Image
+
         try:
             with Image.open(path) as image:
                 image = image.convert("RGB")
@@ -273,6 +293,9 @@ class Sounds(Dataset):
     def key(self):
         return [np.array([file.name for file in self.files]), self.of, self.end]
 
+    def only(self, rows):
+        return Sounds(self.files, self.of[rows], self.end[rows])
+
 
 class Signals(Dataset):
     """Spectrogram of a physiological signal between its seconds 2 and 5. [i] -> (1, 65, 128) power, float32.
@@ -307,6 +330,9 @@ class Signals(Dataset):
     def key(self):
         return [np.array([file.name for file in self.files]), np.array(self.signal)]
 
+    def only(self, rows):
+        return Signals([self.files[row] for row in rows], self.signal)
+
 
 def read_wav(path):
     """(samples a second, samples (n,) or (n, channels)) of a wav file, memory-mapped where its format allows."""
@@ -317,6 +343,8 @@ def read_wav(path):
                 rate, samples = wavfile.read(path, mmap=True)
             except ValueError:  # 24-bit samples cannot be mapped
                 rate, samples = wavfile.read(path)
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; make it with: ffmpeg -i {Path(path).stem}.mp4 -vn {path}") from None
     except Exception as error:  # a damaged file can raise anything; its reader needs the name
         raise DataError(f"{path}: not a readable wav file ({error})".replace("\n", " ")) from None
     if len(samples) == 0 or rate < 1:
@@ -385,10 +413,59 @@ def stream(view, batches, workers=0, pin=False):
         raise DataError(str(error).rstrip().split("\n")[-1].split("DataError: ")[-1]) from None
 
 
+# ---- bad clips ----------------------------------------------------------------------------------------
+
+
+def _mistake(skipped, message, clips=1):
+    """Raise DataError; or note that `clips` of them are left out, where there is a list of those."""
+    if skipped is None:
+        raise DataError(message)
+    skipped.extend([message] * clips)
+
+
+class _Checked(Dataset):
+    """[i] -> what is wrong with clip i of any of the views, or ""."""
+
+    def __init__(self, views):
+        self.views = views
+
+    def __len__(self):
+        return len(self.views[0])
+
+    def __getitem__(self, i):
+        try:
+            for view in self.views:
+                view[i]
+        except DataError as error:
+            return str(error)
+        return ""
+
+
+def _readable(data, skipped, workers):
+    """The data as it is (skipped None), or without the clips that cannot be read."""
+    if skipped is None:
+        return data
+    views = _Checked([data.visual] if data.privileged is None else [data.visual, data.privileged])
+    loader = DataLoader(views, 64, num_workers=workers, collate_fn=list)
+    wrong = [message for batch in loader for message in batch]
+    rows = np.flatnonzero([not message for message in wrong])
+    if len(rows) == 0:
+        raise DataError(f"not one clip can be read; the first: {wrong[0]}")
+    return TwoView(
+        visual=data.visual.only(rows),
+        privileged=data.privileged and data.privileged.only(rows),
+        label=data.label[rows],
+        names=data.names,
+        group=data.group[rows],
+        split=None if data.split is None else data.split[rows],
+        skipped=(*skipped, *filter(None, wrong)),
+    )
+
+
 # ---- Aff-Wild2 --------------------------------------------------------------------------------------
 
 
-def affwild2(root="data/affwild2", need_privileged=True, stride=1):
+def affwild2(root="data/affwild2", need_privileged=True, stride=1, skipped=None):
     """Aff-Wild2's valence-arousal challenge, in its own training and validation split. Below root:
 
         annotations/Train_Set/VIDEO.txt, annotations/Validation_Set/VIDEO.txt   valence,arousal a frame
@@ -399,6 +476,9 @@ def affwild2(root="data/affwild2", need_privileged=True, stride=1):
     window of 32, and the second of sound that ends there. A frame without a face is replaced by the nearest one of
     the video that has one and is no later than the clip (ours). A video with no such frame is named in a warning.
     Source: the lab's Aff-Wild2 code.
+
+    skipped: None, where a mistake raises DataError; or a list, to which the message is appended for each clip that is
+    left out for it.
     """
     root = Path(root)
     wanted = ["annotations/Train_Set", "annotations/Validation_Set", "cropped_aligned"] + ["audio"] * need_privileged
@@ -406,17 +486,28 @@ def affwild2(root="data/affwild2", need_privileged=True, stride=1):
     folders, sounds, of, frames, ends, labels, split, empty = [], [], [], [], [], [], [], []
     for part in ("Train_Set", "Validation_Set"):
         for file in sorted((root / "annotations" / part).glob("*.txt")):
-            label = _valence_arousal(file)
             folder = root / "cropped_aligned" / file.stem
             present = _frame_numbers(folder, prefix="")
+            try:
+                label = _valence_arousal(file, skipped)
+            except DataError as error:
+                _mistake(skipped, str(error), len(present[::stride]))
+                continue
             present = present[(present >= 1) & (present <= len(label))]
             usable = present[(label[present - 1] != -5).all(axis=1)][::stride]
             if len(usable) == 0:
                 empty.append(file.stem)
                 continue
+            sound = root / "audio" / f"{file.stem.removesuffix('_left').removesuffix('_right')}.wav"
+            try:
+                if need_privileged:
+                    read_wav(sound)
+            except DataError as error:
+                _mistake(skipped, str(error), len(usable))
+                continue
             of.append(np.full(len(usable), len(folders)))
             folders.append(folder)
-            sounds.append(root / "audio" / f"{file.stem.removesuffix('_left').removesuffix('_right')}.wav")
+            sounds.append(sound)
             frames.append(_nearest(present, usable[:, None] - np.arange(28, -1, -4), usable))
             ends.append(usable / len(label))
             labels.append(label[usable - 1])
@@ -427,14 +518,9 @@ def affwild2(root="data/affwild2", need_privileged=True, stride=1):
             f"{root}: no annotated frame with a face in {', '.join(empty[:5])}{more}", UserWarning, stacklevel=2
         )
     if not folders:
-        raise DataError(f"{root}: no annotated frame with a face in any video of annotations/")
-    if need_privileged:
-        missing = [path for path in dict.fromkeys(sounds) if not path.is_file()]
-        if missing:
-            first, more = missing[0], f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            raise DataError(f"{first} is missing{more}; make it with: ffmpeg -i {first.stem}.mp4 -vn {first}")
-        for path in set(sounds):
-            read_wav(path)
+        raise DataError(
+            skipped[0] if skipped else f"{root}: no annotated frame with a face in any video of annotations/"
+        )
     of = np.concatenate(of)
     return TwoView(
         visual=Frames(folders, "{:05d}.jpg", of, np.concatenate(frames)),
@@ -452,10 +538,10 @@ def _check_root(root, wanted, name):
         raise DataError(f"{root}: no folder {' or '.join(missing)}; {name} needs {', '.join(wanted)} there")
 
 
-def _valence_arousal(path):
-    """(frames, 2) of an annotation file, -5 where a frame is not annotated."""
+def _valence_arousal(path, skipped):
+    """(frames, 2) of an annotation file, -5 where a frame is not annotated, or its line is bad and to be skipped."""
     try:
-        header, *rows = path.read_text().splitlines()
+        header, *rows = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeDecodeError, ValueError):
         raise DataError(f"{path}: empty or not a text file") from None
     if header.replace(" ", "").lower() != "valence,arousal":
@@ -463,13 +549,21 @@ def _valence_arousal(path):
     values = np.empty((len(rows), 2))
     for line, row in enumerate(rows):
         try:
-            valence, arousal = row.split(",")
-            values[line] = float(valence), float(arousal)
-        except ValueError:
-            raise DataError(f'{path}: line {line + 2} must be two numbers, not "{row[:40]}"') from None
-        if not all(v == -5 or -1 <= v <= 1 for v in values[line]):
-            raise DataError(f"{path}: line {line + 2} holds a value that is neither within [-1, 1] nor -5: {row[:40]}")
+            values[line] = _pair(row)
+        except ValueError as error:
+            _mistake(skipped, f"{path}: line {line + 2} {error}")
+            values[line] = -5
     return values
+
+
+def _pair(row):
+    try:
+        valence, arousal = map(float, row.split(","))
+    except ValueError:
+        raise ValueError(f'must be two numbers, not "{row[:40]}"') from None
+    if not all(v == -5 or -1 <= v <= 1 for v in (valence, arousal)):
+        raise ValueError(f"holds a value that is neither within [-1, 1] nor -5: {row[:40]}")
+    return valence, arousal
 
 
 def _frame_numbers(folder, prefix):
@@ -490,13 +584,13 @@ def _nearest(present, wanted, last):
 # ---- BioVid -----------------------------------------------------------------------------------------
 
 
-def biovid(root="data/biovid", need_privileged=True, levels=("BL1", "PA4"), signal="emg_corrugator"):
+def biovid(root="data/biovid", need_privileged=True, levels=("BL1", "PA4"), signal="emg_corrugator", skipped=None):
     """BioVid Part A, a class for each of `levels`, a group for each person. Below root:
 
         frames/SUBJECT/CLIP/img_00001.jpg ...             10 are taken, evenly spread over the clip
         biosignals_filtered/SUBJECT/CLIP_bio.csv          tab separated, 512 Hz, a column for each signal
 
-    with clips named SUBJECT-LEVEL-NUMBER. Source: released code.
+    with clips named SUBJECT-LEVEL-NUMBER. Source: released code. skipped as for affwild2.
     """
     root = Path(root)
     _check_root(root, ["frames"] + ["biosignals_filtered"] * need_privileged, "BioVid")
@@ -508,18 +602,20 @@ def biovid(root="data/biovid", need_privileged=True, levels=("BL1", "PA4"), sign
                 continue
             present = _frame_numbers(clip, prefix="img_")
             if len(present) == 0:
-                raise DataError(f"{clip}: no img_00001.jpg ... in it; extract its frames or remove the folder")
+                _mistake(skipped, f"{clip}: no img_00001.jpg ... in it; extract its frames or remove the folder")
+                continue
+            file = root / "biosignals_filtered" / person.name / f"{clip.name}_bio.csv"
+            if need_privileged and not file.is_file():
+                _mistake(skipped, f"{file} is missing, the signals of a clip that has frames")
+                continue
             folders.append(clip)
-            files.append(root / "biosignals_filtered" / person.name / f"{clip.name}_bio.csv")
+            files.append(file)
             frames.append(present[np.linspace(0, len(present) - 1, 10).round().astype(int)])
             labels.append(levels.index(level))
             people.append(person.name)
     absent = [level for i, level in enumerate(levels) if i not in labels]
     if absent:
         raise DataError(f"{root}/frames: no clip SUBJECT/SUBJECT-{absent[0]}-NUMBER in it")
-    missing = [path for path in files if not path.is_file()] if need_privileged else []
-    if missing:
-        raise DataError(f"{missing[0]} is missing, the signals of a clip that has frames ({len(missing)} such clips)")
     return TwoView(
         visual=Frames(folders, "img_{:05d}.jpg", np.arange(len(folders)), np.array(frames, dtype=np.int32)),
         privileged=Signals(files, signal) if need_privileged else None,

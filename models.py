@@ -138,7 +138,6 @@ class R3D18(Residual18):
         imagenet = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1, 1)
         self.register_buffer("imagenet", imagenet, persistent=False)  # the published files have no such key
         self.initialise()
-        self.to(memory_format=torch.channels_last_3d)  # measured faster, up to twice
 
     def stem_of(self, x):
         if x.dtype == torch.uint8:
@@ -161,7 +160,7 @@ def _synchronised(self, whole, x):
     if not self.training:
         return type(self).forward(self, x)
     channels, spread = x.shape[1], (1, -1) + (1,) * (x.dim() - 2)
-    var, mean = torch.var_mean(x.float(), [0, *range(2, x.dim())], correction=0)
+    var, mean = torch.var_mean(x.to(self.weight.dtype), [0, *range(2, x.dim())], correction=0)
     parts = whole(torch.cat([mean, var, mean.new_full((1,), x.numel() // channels)]).unsqueeze(0))
     count, n = parts[:, -1:], parts[:, -1].sum()
     means, vars = parts[:, :channels], parts[:, channels:-1]

@@ -19,6 +19,7 @@ from data import (
     biovid,
     digest,
     folds,
+    load,
     log_mel,
     mel_filters,
     read_wav,
@@ -317,6 +318,57 @@ def test_affwild2_wrong_root(tmp_path):
         affwild2(tmp_path / "nowhere")
 
 
+def spoil(root):
+    """Damage to four videos of affwild2_tree; two of them, without sound and with a bad header, go altogether."""
+    lines = (root / "annotations/Train_Set/3_left.txt").read_text().splitlines()
+    lines[5], lines[8] = "0,x", "0.5,2"  # of frames 5 and 8
+    broken(root / "annotations/Train_Set/3_left.txt", "\n".join(lines))
+    frame = root / "cropped_aligned/3_right/00020.jpg"
+    frame.write_bytes(frame.read_bytes()[:300])
+    broken(root / "annotations/Train_Set/video 2 (b).txt", "arousal\n0\n")
+    (root / "audio/9.wav").unlink()
+
+
+@pytest.mark.filterwarnings("ignore:.*faceless")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skip_bad_leaves_out_the_bad_clips_and_no_other(tmp_path, workers):
+    def clips(data):
+        names = [data.visual.folders[video].name for video in data.visual.of]
+        return list(zip(names, data.visual.frames[:, -1].tolist())), data.visual.frames
+
+    before, frames = clips(affwild2(affwild2_tree(tmp_path)))
+    spoil(tmp_path)
+    with pytest.raises(DataError, match='3_left.txt: line 6 must be two numbers, not "0,x"'):
+        load("affwild2", tmp_path, workers=workers)
+    data = load("affwild2", tmp_path, skip_bad=True, workers=workers)
+    gone = {clip for clip in before if clip[0] in ("video 2 (b)", "9_right")} | {("3_left", 5), ("3_left", 8)}
+    gone |= {clip for clip, used in zip(before, frames) if clip[0] == "3_right" and 20 in used}
+    assert clips(data)[0] == [clip for clip in before if clip not in gone] and len(gone) == len(data.skipped) > 70
+    assert len({len(part) for part in (data.visual, data.privileged, data.label, data.group, data.split)}) == 1
+    assert [message.split(": ")[0].split("/")[-1] for message in dict.fromkeys(data.skipped)] == [
+        "3_left.txt", "3_left.txt", "video 2 (b).txt", "9.wav is missing; make it with", "00020.jpg",
+    ]  # fmt: skip
+    silent = load("affwild2", tmp_path, need_privileged=False, skip_bad=True, workers=workers)
+    assert len(silent.label) == len(data.label) + 36  # what lacks sound alone
+
+
+@pytest.mark.filterwarnings("ignore:.*faceless")
+def test_skip_bad_counts_in_the_footer(tmp_path, capsys):
+    root = affwild2_tree(tmp_path / "tree")
+    base = ["--dataset", "affwild2", *SMALL, "--data", root, "--out", tmp_path / "out"]
+    frame = root / "cropped_aligned/3_right/00019.jpg"
+    frame.write_bytes(frame.read_bytes()[:300])
+    assert "3_right/00019.jpg: not a readable JPEG" in run(capsys, *base)
+    assert "Left out as bad: 2 clips, 34 remain." in run(capsys, *base, "--skip-bad")
+    assert (
+        json.loads((tmp_path / "out/results.json").read_text())["skipped"] == 2
+    )  # of those that end at 1, 7, 13 ..., the ones at 19 and 31 hold frame 19
+    assert "Left out as bad: 2 clips, 34 remain." in run(capsys, *base, "--skip-bad", "--stage", "eval")
+    for frame in (root / "cropped_aligned").rglob("*.jpg"):
+        frame.write_bytes(b"")
+    assert "not one clip can be read; the first: " in run(capsys, *base, "--skip-bad")
+
+
 # ---- BioVid -------------------------------------------------------------------------------------------
 
 COLUMNS = ["time", "gsr", "ecg", "emg_trapezius", "emg_corrugator", "emg_zygomaticus"]
@@ -399,6 +451,16 @@ BIOVID_MISTAKES = [
 ]
 
 
+def test_biovid_skip_bad(tmp_path):
+    clips = len(biovid(biovid_tree(tmp_path, people=3)).label)
+    next(tmp_path.glob("bio*/*/*BL1-000_bio.csv")).unlink()
+    [frame.unlink() for frame in next(tmp_path.glob("frames/*/*PA4-001")).iterdir()]
+    signals(next(tmp_path.glob("bio*/*/*PA4-000_bio.csv")), 1, rows=2000)
+    data = load("biovid", tmp_path, skip_bad=True)
+    assert len(data.label) == len(data.visual) == len(data.privileged) == len(data.group) == clips - 3
+    assert len(data.skipped) == 3 and bool(torch.stack([data.privileged[i] for i in range(clips - 3)]).isfinite().all())
+
+
 @pytest.mark.parametrize("mistake, arguments, message", BIOVID_MISTAKES)
 def test_biovid_mistakes_are_named(tmp_path, mistake, arguments, message):
     mistake(biovid_tree(tmp_path, people=1))
@@ -414,7 +476,7 @@ def test_pillow_is_asked_for_by_name(tmp_path, monkeypatch):
     jpeg(tmp_path / "v" / "00001.jpg", 3)
     monkeypatch.setitem(__import__("sys").modules, "PIL", None)
     with pytest.raises(DataError, match="pip install pillow"):
-        Frames([tmp_path / "v"], "{:05d}.jpg", np.array([0]), np.array([[1]]))[0]
+        Frames([tmp_path / "v"], "{:05d}.jpg", np.array([0]), np.array([[1]]))
 
 
 def test_digest_of_raw_views_is_of_names_and_places_not_of_where_they_lie(tmp_path):

@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import gc
 import io
 import json
 import math
@@ -33,7 +34,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed.nn.functional
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -119,6 +119,7 @@ def options(argv=None):
     add("--clip-stride", type=count, default=1, metavar="N", help="affwild2: take every N-th usable frame")
     add("--levels", default="BL1,PA4", help="biovid: classes, of BL1, PA1 ... PA4 (default BL1,PA4)")
     add("--signal", default="emg_corrugator", choices=BIOVID_SIGNALS, help="biovid: privileged signal")
+    add("--skip-bad", action="store_true", help="affwild2, biovid: leave out bad clips, and say how many")
     add("--augment", action="store_true", help="mirror and shift the training clips of raw video")
     add("--amp", default="auto", choices=["auto", "on", "off"], help="bfloat16 in raw data's backbones (auto: on CUDA)")
     add("--workers", type=number(int, 0), default=min(8, os.cpu_count() or 1), help="processes that read raw data")
@@ -241,13 +242,31 @@ def share(rows):
     return rows.tensor_split(count)[number]
 
 
+class SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes, whose gradient is the sum of the gradients of all."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return SumOverProcesses.forward(ctx, grad)
+
+
 def whole(part, total):
-    """The parts of all processes put together again, (n, ...) each -> (total, ...); gradients flow to every part."""
+    """The parts of all processes put together again, (n, ...) each -> (total, ...).
+
+    As every process goes on to the same loss, and gradients of all come back to each part, a part's gradient is that
+    of the sum of as many losses as there are processes; DistributedDataParallel, which averages, makes it right.
+    """
     if processes()[1] == 1:
         return part
     padded = part.new_zeros(total, *part.shape[1:])
     padded[share(torch.arange(total, device=part.device))] = part
-    return distributed.nn.functional.all_reduce(padded)
+    return SumOverProcesses.apply(padded)
 
 
 def is_raw(view):
@@ -308,8 +327,6 @@ def fit(args, where, network, rates, epochs, rows, loss_of, score_of, view=None)
     """
     optimizer = torch.optim.Adam([{"params": list(module.parameters()), "lr": rate} for module, rate in rates])
     batches = max(1, min(math.ceil(len(rows) / args.batch_size), len(rows) // 2))  # of two clips at the least
-    if view is not None and len(rows) // batches < processes()[1]:
-        fail(f"{processes()[1]} processes cannot share batches of {len(rows) // batches} clips: start fewer")
     best, history = None, []
     for epoch in range(1, epochs + 1):
         network.train()
@@ -359,7 +376,7 @@ def teachers(args, data, fold, train, val, key):
         network = trained = nn.Sequential(encoder, head)
         if processes()[1] > 1:
             synchronise_batch_norm(network, lambda row: whole(row, processes()[1]))
-            trained = DistributedDataParallel(network, broadcast_buffers=False)
+            trained = DistributedDataParallel(network)
 
         def loss_of(rows, x):
             if args.augment and x.dtype == torch.uint8:
@@ -582,6 +599,7 @@ def evaluate_run(args, data, methods):
     write(args.out / "eval.json", json.dumps({"folds": reports, **summary(reports)}, indent=2) + "\n")
     show([{"fold": r["fold"], **{f"student {m}": s for m, s in r["students"].items()}} for r in reports])
     print(f"Scores: {unit(data)}, from visual input alone. Saved in {args.out}/eval.json.")
+    show_skipped(args, data)
 
 
 # ---- reporting --------------------------------------------------------------------------------------
@@ -617,6 +635,7 @@ def collect(args, data, keys):
         "metric": "accuracy" if data.task == "classification" else "ccc",
         "seed": args.seed,
         "arguments": {name: value for name, value in vars(args).items() if name != "out"},
+        **({"skipped": len(data.skipped)} if args.skip_bad else {}),
         "folds": reports,
         **summary(reports),
     }
@@ -652,7 +671,7 @@ def unit(data):
 def cell(value):
     """A score as text: percent for an accuracy, each column's CCC for a regression."""
     if isinstance(value, dict):
-        return "/".join("-" if v is None else f"{v:.3f}" for name, v in value.items() if name != "mean")
+        return "/".join("-" if v is None else f"{round(v, 3) + 0.0:.3f}" for name, v in value.items() if name != "mean")
     return "-" if value is None else f"{100 * value:.1f}"
 
 
@@ -681,7 +700,13 @@ def show_results(args, data, results):
     if picks:
         shares = ", ".join(f"{name.replace('_', ' ')} {n / sum(picks.values()):.0%}" for name, n in picks.items())
         print(f"Teacher that mtpkdot picked, share of batches: {shares}.")
+    show_skipped(args, data)
     print(f"Saved in {args.out}: results.json, history.csv, and a folder a fold with a file a stage.")
+
+
+def show_skipped(args, data):
+    if args.skip_bad:
+        print(f"Left out as bad: {len(data.skipped)} clips, {len(data.label)} remain.")
 
 
 # ---- main -------------------------------------------------------------------------------------------
@@ -690,7 +715,10 @@ def show_results(args, data, results):
 def run(args):
     methods = METHODS if args.method == "all" else (args.method,)
     raw = {"stride": args.clip_stride, "levels": args.levels, "signal": args.signal}
+    raw |= {"skip_bad": args.skip_bad, "workers": args.workers}
     data = load(args.dataset, args.data, args.seed, need_privileged=args.stage != "eval", **raw)
+    for message in dict.fromkeys(data.skipped if processes()[0] == 0 else ()):
+        print(f"train.py: left out, {message}", file=sys.stderr)
     if args.folds_by == "clip" and data.group is not None:
         print("train.py: --folds-by clip puts clips of one person into training and validation", file=sys.stderr)
         data = data._replace(group=None)
@@ -705,6 +733,9 @@ def run(args):
     if args.fold is not None and args.fold >= len(parts):
         fail(f"argument --fold: the folds are 0 to {len(parts) - 1}")
     parts = [tuple(torch.from_numpy(rows).to(args.device) for rows in part) for part in parts]
+    least = min(max(1, args.batch_size // 2), *(len(rows) for part in parts for rows in part))
+    if processes()[1] > least:
+        fail(f"{processes()[1]} processes cannot share {least} clips of a batch: start fewer, or raise --batch-size")
     # What can fail for want of a folder or a file fails here, not after hours of training.
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -750,9 +781,9 @@ def main(argv=None):
                 run(args)
     except DataError as error:
         fail(error)
-    finally:
-        if several:
-            distributed.destroy_process_group()
+    if several:
+        gc.collect()  # networks that still hold the group would keep its threads alive into the exit, which aborts it
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
