@@ -1,7 +1,11 @@
 """Raw data in the layouts of Aff-Wild2 and BioVid: small trees of real JPEG, wav and csv files, made here."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -508,3 +512,37 @@ def test_wav_with_24_bits_and_metadata(tmp_path):
     assert rate == 16_000 and len(samples) == 300
     assert (samples[:3] / 2.0**31).tolist() == [0, 0.5, -0.5]
     assert data_module.SAMPLE_RATE == 44_100
+
+
+# ---- memory -------------------------------------------------------------------------------------------
+
+
+def many_videos(root, videos, frames=40):
+    """A tree in the layout of Aff-Wild2 whose frames are links to one JPEG a video, and whose sounds are real."""
+    for i in range(videos):
+        part, name = ("Validation_Set" if i % 4 == 0 else "Train_Set"), f"{i}"
+        video(root, part, name, walk(frames, i), missing=range(2, frames + 1))
+        for number in range(2, frames + 1):
+            os.link(
+                root / "cropped_aligned" / name / "00001.jpg", root / "cropped_aligned" / name / f"{number:05d}.jpg"
+            )
+        sound(root, name, 30)
+    return root
+
+
+def test_memory_stays_flat_however_many_videos(tmp_path):
+    """Peak memory of the whole run, its reading processes included, with 20 and with 200 videos."""
+    peaks = []
+    for videos in (20, 200):
+        root = many_videos(tmp_path / f"{videos}", videos)
+        code = (
+            "import resource, sys, train; train.main(sys.argv[1:]);"
+            "print(*(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))"
+        )
+        argv = ["--dataset", "affwild2", "--data", root, "--out", tmp_path / "out", "--epochs", 1, "--dim", 16,
+                "--width", 2, "--clip-stride", 20, "--batch-size", 16, "--workers", 1, "--device", "cpu"]  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", code, *map(str, argv)], capture_output=True, text=True,
+                              cwd=Path(data_module.__file__).parent)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        peaks.append(max(map(int, done.stdout.split()[-2:])))
+    assert peaks[1] < 1.3 * peaks[0]

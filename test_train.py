@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from models import Encoder, Fusion, Student, TNet
+from models import Encoder, Fusion, ResNet18, Student, TNet
 
 SMALL = ["--dim", "16", "--epochs", "2", "--device", "cpu"]
 METHODS = ["mtpkdot", "pkdot", "mse", "cosine", "task"]
@@ -186,6 +186,25 @@ def test_synthetic_is_the_default_and_its_split_gives_no_standard_error(tmp_path
     run(capsys, "--out", tmp_path, "--stage", "eval")
     scored = json.loads((tmp_path / "eval.json").read_text())
     assert scored["mean"]["students"]["mtpkdot"] == got["mean"]["students"]["mtpkdot"]["best"]
+
+
+def test_amp_is_bfloat16_for_raw_input_and_float32_for_what_follows(tmp_path, capsys):
+    on, off = (train.options(["--device", "cpu", "--amp", amp]) for amp in ("on", "off"))
+    assert train.options(["--device", "cpu"]).amp == "off"
+    inside = []
+    for network, x in [(ResNet18(8, width=2), torch.rand(3, 1, 20, 20)), (Encoder(6, 8), torch.rand(3, 6))]:
+        network.eval().requires_grad_(False)
+        hook = next(m for m in network.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)))
+        hook.register_forward_hook(lambda module, x, out: inside.append(out.dtype))
+        half, whole = train.forward(on, network, x), train.forward(off, network, x)
+        assert half.dtype == whole.dtype == torch.float32
+        torch.testing.assert_close(half, whole, rtol=0.05, atol=0.02)
+    assert inside == [torch.bfloat16, torch.float32, torch.float32, torch.float32]
+    base = ["--amp", "on", "--out", tmp_path]
+    run(capsys, *base)
+    run(capsys, *base, "--stage", "eval")
+    scored = json.loads((tmp_path / "eval.json").read_text())
+    assert scored["mean"]["students"]["mtpkdot"] == results(tmp_path)["mean"]["students"]["mtpkdot"]["best"]
 
 
 def test_missing_or_foreign_stages_are_named(digits_like, tmp_path, capsys):
