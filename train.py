@@ -247,7 +247,7 @@ class SumOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        total = x.clone()
+        total = x.clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(total)
         return total
 
@@ -535,10 +535,10 @@ def student(args, data, fold, train, val, key, method):
         args, (fold, "student", method), fusion, [(fusion, getattr(args, f"lr_{pace}"))],
         getattr(args, f"epochs_{pace}"), train, loss_of, lambda: score(data, over(val, lambda r: forward(r)[1]), val),
     )  # fmt: skip
-    whole = Student(restored(backbone(data.visual, args.dim, args.width), weights["visual"], args), tnet, fusion)
+    deployed = Student(restored(backbone(data.visual, args.dim, args.width), weights["visual"], args), tnet, fusion)
     write(stage_file(args, fold, f"student_{method}"), {
         "key": before["id"],
-        "weights": whole.state_dict(),
+        "weights": deployed.state_dict(),
         "scores": {"best": fitted["best"], "last": fitted["last"]},
         "history": fitted["history"],
         "picks": dict(zip(mtpkdot.TEACHERS, picks.tolist())),
