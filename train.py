@@ -768,6 +768,7 @@ def run(args):
 def main(argv=None):
     args = options(argv)
     warnings.filterwarnings("once", category=RuntimeWarning)  # Sinkhorn's, when it has not converged
+    warnings.formatwarning = lambda message, *_: f"train.py: {message}\n"  # one line, without its source
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and args.stage in ("all", "teachers")  # what torchrun sets
     if several:
         if args.device == "cuda":
