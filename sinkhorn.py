@@ -1,4 +1,4 @@
-"""Entropic optimal transport in PyTorch: log-domain Sinkhorn, its plan, its value and its gradient.
+"""Entropic optimal transport in PyTorch: stabilised Sinkhorn, its plan, its value and its gradient.
 
 This file stands alone. It imports torch only: copy it (with test_sinkhorn.py) into your project.
 
@@ -16,11 +16,13 @@ maximise the dual. Sinkhorn's algorithm alternates the two exact half steps
 and at the optimum OT = <a, f> + <b, g>.
 
 Reading order:
-    sinkhorn_potentials   the iteration: f, g, and how far they are from the constraints
+    sinkhorn_potentials   f, g, and how far they are from the constraints
     sinkhorn_plan         P
     entropic_ot           the value, differentiable in C, a and b
     sinkhorn_divergence   the same between two point clouds, debiased
-    below them            the argument checks
+    _solve                the iteration
+    _Value                value and gradients
+    below them            the cost, the warning, the argument checks
 """
 
 import math
@@ -30,8 +32,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHECK_EVERY = 10  # sweeps between two looks at the error: each look makes the host wait for the device
-MAX_RELAXATION = 1.95  # 2 would never converge
+ANNEALING = 4  # eps comes down to its value by this factor a sweep
+SWEEPS = 5, 100  # least and most between two looks, which make the kernel afresh and the host wait for the device
+MAX_RELAXATION = 1.99  # 2 would never converge
+LEAST_WEIGHT = 1e-30  # of a total of 1: lesser weights of b, zeros too, count as this much in the iteration
+BLOCK = 2**18  # numbers of the kernel that are made at a time, to stay in the processor's cache
+LARGEST = 2**27  # numbers of a kernel that is kept in memory; of a larger one only blocks, made again every sweep
 
 
 class Potentials(NamedTuple):
@@ -39,57 +45,56 @@ class Potentials(NamedTuple):
 
     f: Tensor  # (..., n)
     g: Tensor  # (..., m)
-    n_iter: int  # sweeps done, a sweep being one half step on each side
+    n_iter: int  # sweeps done at eps, a sweep being one half step on each side
     error: Tensor  # (...), |P 1 - a|_1 + |P^T 1 - b|_1 of the plan of these very potentials
     converged: Tensor  # (...) bool, error <= tol * total mass
 
 
 def sinkhorn_potentials(C, a=None, b=None, eps=0.01, tol=1e-4, max_iter=1000):
-    """Dual potentials of entropic optimal transport, by over-relaxed log-domain Sinkhorn.
+    """Dual potentials of entropic optimal transport.
 
     C         (..., n, m) finite cost, any sign; leading dimensions are independent problems
     a, b      (..., n) and (..., m) weights >= 0 of equal total; None is uniform with total 1
     eps       > 0, the strength of the entropy, in the units of C
     tol       the iteration ends once the L1 marginal error, as a part of the total mass, is no larger
     max_iter  most sweeps; ending above tol gives one RuntimeWarning with the error reached. The smaller eps
-              is beside the spread of C, the more sweeps are needed: at a hundredth or less, often thousands
+              is beside the spread of C, the more sweeps are needed
 
     Returns Potentials. f and g are unique up to f + c, g - c; the c returned makes <a, f> = <b, g>.
     A point of zero weight gets the potential it would have at vanishing weight. float16 and bfloat16
     are computed, and returned, in float32. Nothing here is differentiated: see `entropic_ot`.
     Raises ValueError, naming the argument, on bad input.
-
-    Source: Sinkhorn's half steps are textbook. Over-relaxation is that of Thibault et al. (2017,
-    "Overrelaxed Sinkhorn-Knopp algorithm for regularized optimal transport"): both half steps
-    overshoot by a factor omega, but only where the dual still ascends, so convergence is kept.
-    omega is tuned to the observed rate by Young's formula for successive over-relaxation.
     """
-    C, a, b, dtype = _checked(C, a, b, eps, tol, max_iter)
-    potentials = _solve(C, a, b, eps, tol, max_iter)
+    C, a, b, dtype, low, spread = _checked(C, a, b, eps, tol, max_iter)
+    with torch.autocast(C.device.type, enabled=False):
+        potentials, _, _ = _solve(_rows_of(C), a, b, eps, tol, max_iter, low, spread)
     _warn_unless_converged([potentials], tol, max_iter)
     return potentials._replace(**{name: getattr(potentials, name).to(dtype) for name in ("f", "g", "error")})
 
 
 def sinkhorn_plan(C, a=None, b=None, eps=0.01, tol=1e-4, max_iter=1000):
     """The entropic transport plan P (..., n, m), not differentiable. Arguments as sinkhorn_potentials."""
-    C, a, b, dtype = _checked(C, a, b, eps, tol, max_iter)
-    potentials = _solve(C, a, b, eps, tol, max_iter)
+    C, a, b, dtype, low, spread = _checked(C, a, b, eps, tol, max_iter)
+    with torch.autocast(C.device.type, enabled=False):
+        potentials, _, plan = _solve(_rows_of(C), a, b, eps, tol, max_iter, low, spread)
     _warn_unless_converged([potentials], tol, max_iter)
-    return _plan(C, a, b, potentials.f, potentials.g, eps).to(dtype)
+    return torch.cat([P for _, P in plan()], dim=-2).to(dtype)
 
 
 def entropic_ot(C, a=None, b=None, eps=0.01, tol=1e-5, max_iter=1000):
     """Value of entropic optimal transport (...,): min <C, P> + eps * KL(P | a b^T).
 
     Arguments as sinkhorn_potentials (tol is finer here: the gradient's error is first order in it,
-    the value's second). Differentiable in C, a and b by the envelope theorem: the gradient in C is
+    the value's second). Differentiable, once, in C, a and b by the envelope theorem: the gradient in C is
     the plan, in a it is f, in b it is g, so no iteration is kept for the backward pass. As the
     problem exists only for equal totals, the gradients in a and b mean something along changes that
-    keep the totals equal (a softmax, say). create_graph=True raises RuntimeError.
+    keep the totals equal (a softmax, say).
     """
-    C, a, b, dtype = _checked(C, a, b, eps, tol, max_iter)
-    value, potentials = _value(C, a, b, eps, tol, max_iter)
-    _warn_unless_converged([potentials], tol, max_iter)
+    C, a, b, dtype, low, spread = _checked(C, a, b, eps, tol, max_iter)
+    solved = []
+    with torch.autocast(C.device.type, enabled=False):
+        value = _Value.apply(C, None, None, a, b, None, solved, _rows_of(C), (eps, tol, max_iter, low, spread))
+    _warn_unless_converged(solved, tol, max_iter)
     return value.to(dtype)
 
 
@@ -105,8 +110,8 @@ def sinkhorn_divergence(x, y, a=None, b=None, p=2, eps=0.01, debias=True, tol=1e
     p         2: cost |x - y|^2 / 2.  1: cost |x - y|
     eps       in the units of the cost: for p = 2 the square of geomloss's `blur`, for p = 1 its blur
 
-    Differentiable in x, y, a and b; where two points coincide the gradient of their distance is taken
-    as zero, so it is finite everywhere. Raises ValueError, naming the argument, on bad input.
+    Differentiable, once, in x, y, a and b; where two points coincide the gradient of their distance is
+    taken as zero, so it is finite everywhere. Raises ValueError, naming the argument, on bad input.
     Source: Feydy et al. (2019, "Interpolating between optimal transport and MMD using Sinkhorn
     divergences").
     """
@@ -116,76 +121,117 @@ def sinkhorn_divergence(x, y, a=None, b=None, p=2, eps=0.01, debias=True, tol=1e
         raise ValueError(f"x and y must hold points of one dimension, not {x.shape[-1]} and {y.shape[-1]}")
     if p not in (1, 2):
         raise ValueError(f"p must be 1 or 2, not {p!r}")
-    x, y = _at_least_float32(x, y)
-    pairs = [(x, y, a, b)] + ([(x, x, a, a), (y, y, b, b)] if debias else [])
-    values, solved = [], []
-    for left, right, left_weight, right_weight in pairs:
-        C = _cost(left, right, p)
-        if not bool(C.isfinite().all()):
-            raise ValueError(f"x and y lie too far apart: their cost overflows {C.dtype}")
-        C, left_weight, right_weight, _ = _checked(C, left_weight, right_weight, eps, tol, max_iter)
-        value, potentials = _value(C, left_weight, right_weight, eps, tol, max_iter)
-        values.append(value)
-        solved.append(potentials)
+    _check_settings(eps, tol, max_iter)
+    leading = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    x, y = (points.expand(leading + points.shape[-2:]) for points in _at_least_float32(x, y))
+    a, b = _checked_weights(a, b, x, leading + (x.shape[-2],), leading + (y.shape[-2],))
+    solved = []
+    with torch.autocast(x.device.type, enabled=False):
+        value = _between(x, y, a, b, p, eps, tol, max_iter, solved)
+        if debias and x.shape == y.shape and a.numel() * b.shape[-1] <= BLOCK:  # small: both at once
+            x, a = torch.stack([x, y]), torch.stack([a, b])
+            value = value - _between(x, x, a, a, p, eps, tol, max_iter, solved).sum(0) / 2
+        elif debias:
+            value = value - sum(_between(z, z, w, w, p, eps, tol, max_iter, solved) for z, w in ((x, a), (y, b))) / 2
     _warn_unless_converged(solved, tol, max_iter)
-    divergence = values[0] - (values[1] + values[2]) / 2 if debias else values[0]
-    return divergence.to(x.dtype)
+    return value.to(x.dtype)
 
 
 # ---- the iteration --------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def _solve(C, a, b, eps, tol, max_iter):
-    """sinkhorn_potentials on checked arguments. Works on u = f / eps, v = g / eps and K = C / eps."""
-    K, log_a, log_b = C / eps, a.log(), b.log()  # log 0 = -inf: such a point drops out of every sum
+def _solve(cost, a, b, eps, tol, max_iter, low, spread, symmetric=False):
+    """(Potentials, value (...,), plan) on checked arguments, where plan() yields (rows, P[..., rows, :]) by blocks.
 
-    def rows(v):
-        return -torch.logsumexp((log_b + v).unsqueeze(-2) - K, dim=-1)
+    cost(rows) gives rows of C, whose least value is `low` and whose values differ by `spread` at the most; symmetric
+    is for C = C^T and a = b, where f = g.
 
-    def columns(u):
-        return -torch.logsumexp((log_a + u).unsqueeze(-1) - K, dim=-2)
-
-    mass = a.sum(-1, keepdim=True)
-    v = torch.zeros_like(b)
-    u = rows(v)
-    omega = u.new_ones(u.shape[:-1] + (1,))
-    looked_at, error_then = 0, None
-    for n_iter in range(1, max_iter + 1):
-        # A look needs a plain half step: it makes the column sums exact, and the next half step of the
-        # rows then tells their error for nothing, as row i of the plan sums to a_i exp(u_i - u_new_i).
-        look = n_iter <= 3 or n_iter % CHECK_EVERY == 0 or n_iter == max_iter
-        v = columns(u) if look else _relaxed(v, columns(u), b, omega)
-        u_new = rows(v)
-        if look:
-            error = (a * (u - u_new).expm1().abs()).sum(-1, keepdim=True)
-            if n_iter == max_iter or bool((error <= tol * mass).all()):
-                break
-            if error_then is not None:
-                rate = (error / error_then) ** (1 / (n_iter - looked_at))
-                omega = torch.where((error > tol * mass) & (rate < 1), _tuned(omega, rate), omega)
-            looked_at, error_then = n_iter, error
-        u = _relaxed(u, u_new, a, omega)
-
-    f, g = eps * u, eps * v
-    mean_f, mean_g = ((w * h).sum(-1, keepdim=True) / mass for w, h in ((a, f), (b, g)))
-    f, g = f + (mean_g - mean_f) / 2, g + (mean_f - mean_g) / 2
-    # The error is measured again, on what is returned: rounding moves the columns too.
-    P = _plan(C, a, b, f, g, eps)
-    error = (P.sum(-1) - a).abs().sum(-1) + (P.sum(-2) - b).abs().sum(-1)
-    return Potentials(f, g, n_iter, error, error <= tol * mass.squeeze(-1))
-
-
-def _relaxed(old, new, weight, omega):
-    """old + omega * (new - old) where that raises the dual, else new; shapes (..., n) and (..., 1).
-
-    With r_i = exp(old_i - new_i), the ratio of marginal i to its target, the dual gains
-    eps * sum_i weight_i (r_i - r_i^(1 - omega) - omega log r_i); at omega = 1 that is never negative.
+    The iteration works on the kernel Q_ij = b_j exp((f_i + g_j - C_ij) / eps), made from potentials in the log domain,
+    where nothing can overflow: rows sum to r (1 at the optimum), columns weighted by a to s (b at the optimum). Some
+    sweeps scale Q by p and q, which are matrix products; then p and q go into f and g, and Q is made afresh. The
+    first potentials come from larger eps, a sweep each. Half steps overshoot by omega, tuned to the observed rate by
+    Young's formula for over-relaxation; where the dual fell they are taken back. Source: stabilised scaling, Schmitzer
+    (2019); overrelaxation, Thibault et al. (2017), Young (1954); half steps averaged for symmetry, Feydy et al. (2019).
     """
-    log_r = old - new
-    gain = log_r.expm1() - ((1 - omega) * log_r).expm1() - omega * log_r  # expm1: log_r goes to 0
-    gain = torch.where(weight > 0, weight * gain, 0).sum(-1, keepdim=True)
-    return old + torch.where(gain >= 0, omega, 1) * (new - old)
+    parts, positive = _blocks(a, b), b.unsqueeze(-2) > 0
+    a, b = a.unsqueeze(-2), b.unsqueeze(-2)  # vectors are rows in here: torch is fastest at a row times a matrix
+    mass = a.sum(-1, keepdim=True)
+    w, v = a / mass, (b / b.sum(-1, keepdim=True)).clamp_min(LEAST_WEIGHT)
+    kept = a.new_empty(w.shape[:-2] + (w.shape[-1], v.shape[-1])) if w.numel() * v.shape[-1] <= LARGEST else None
+    least = math.log(torch.finfo(w.dtype).tiny) + 1  # below it exp is slow
+    log_v = v.log()
+
+    def kernel(f, g, eps):
+        h, f = torch.add(log_v, g, alpha=1 / eps), f.mT
+        for rows in parts:
+            out = None if kept is None else kept[..., rows, :]
+            Q = torch.add(h, cost(rows), alpha=-1 / eps, out=out).add_(f[..., rows, :], alpha=1 / eps)
+            yield rows, Q.clamp_(least, -least / 2).exp_()
+
+    def relaxed(old, new, omega):
+        return new if omega is None else old * (new / old) ** omega
+
+    def sweep(f, g, eps, omega):
+        """r and s of the kernel, and the factors p and q of a sweep from there."""
+        r, sums = [], 0
+        for rows, Q in kernel(f, g, eps):
+            r.append(Q.sum(-1).unsqueeze(-2))
+            p = relaxed(1, r[-1].reciprocal(), omega)
+            sums = sums + torch.cat([w[..., rows], w[..., rows] * p], dim=-2) @ Q
+        r = torch.cat(r, dim=-1)
+        return r, sums[..., :1, :], relaxed(1, r.reciprocal(), omega), relaxed(1, v / sums[..., 1:, :], omega)
+
+    def dot(x, y):
+        return (x * y).sum(-1, keepdim=True)
+
+    f, g, level = torch.full_like(w, 0 if symmetric else low), torch.zeros_like(v), spread
+    while level > eps and not symmetric:
+        _, _, p, q = sweep(f, g, level, None)
+        f, g, level = f + level * p.log(), g + level * q.log(), level / ANNEALING
+    omega, n_iter, most, before = None, 0, SWEEPS[1] if kept is not None else 1, None
+    while True:
+        r, s, p, q = sweep(f, g, eps, omega)
+        total, error = dot(w, r), dot(w, (r - 1).abs()) + (s - v).abs().sum(-1, keepdim=True)
+        if before is not None:
+            old_f, old_g, old_total, old_error, sweeps, rise = before
+            rose = rise - total + old_total >= -32 * torch.finfo(w.dtype).eps  # of the dual, over eps; NaN did not
+            if not bool(rose.all()):
+                f, g, omega = f.where(rose, old_f), g.where(rose, old_g), None
+                most, before = max(1, sweeps // 4), None
+                continue
+        if n_iter >= max_iter or bool((error <= tol).all()):
+            break
+        if before is not None and not symmetric:
+            rate = (error / old_error) ** (1 / sweeps)
+            omega = torch.ones_like(mass) if omega is None else omega
+            omega = torch.where((error > tol) & (rate < 1), _tuned(omega, rate), omega)
+        sweeps = min(max(SWEEPS[0], n_iter // 2), most, max_iter - n_iter)
+        for n in range(sweeps):
+            if n > 0:
+                p = relaxed(p, (q @ kept.mT).reciprocal(), omega)
+                last = n == sweeps - 1  # the columns' sums are then exact, and the look measures the rows' alone
+                q = relaxed(q, v / ((w * p) @ kept), None if last else omega)
+            if symmetric:
+                p = q = (p * q).sqrt()
+        log_p, log_q = p.log(), q.log()
+        before = f, g, total, error, sweeps, dot(w, log_p) + dot(v, log_q)
+        f, g, n_iter = f + eps * log_p, g + eps * log_q, n_iter + sweeps
+
+    def plan():
+        weight = a.mT
+        for rows, Q in kernel(f, g, eps) if kept is None else ((rows, kept[..., rows, :]) for rows in parts):
+            yield rows, Q * weight[..., rows, :] * positive
+
+    # The last term is zero at the optimum. With it, rounding in f and g moves the value in second order only, which
+    # matters where a divergence is a small difference of large values.
+    mass, total = mass.double(), total.double()
+    mean_f, mean_g = dot(w.double(), f), dot(v.double(), g)
+    value = mass * (mean_f + mean_g - eps * (total - 1 + mass.log()))
+    shift = (mean_g - mean_f) / 2
+    f_out, g_out = ((h - eps * mass.log() / 2).to(w.dtype).squeeze(-2) for h in (f + shift, g - shift))
+    converged, error = (error <= tol)[..., 0, 0], (error * mass).to(w.dtype)[..., 0, 0]
+    return Potentials(f_out, g_out, n_iter, error, converged), value[..., 0, 0], plan
 
 
 def _tuned(omega, rate):
@@ -199,56 +245,105 @@ def _tuned(omega, rate):
     return torch.maximum(omega, 2 / (1 + (1 - rho).sqrt())).clamp(max=MAX_RELAXATION)
 
 
-def _plan(C, a, b, f, g, eps):
-    # The weights go inside the exponential: between two points of weight zero it may overflow without them.
-    log_density = (f.unsqueeze(-1) - C + g.unsqueeze(-2)) / eps
-    return (log_density + a.log().unsqueeze(-1) + b.log().unsqueeze(-2)).exp()
-
-
-class _EnvelopeValue(torch.autograd.Function):
-    """The dual objective <a, f> + <b, g> - eps (sum P - sum a), in float64; its gradients are P, f and g.
-
-    The last term is zero at the optimum. With it, rounding in f and g moves the value in second order
-    only, which matters where a divergence is a small difference of large values.
-    """
+class _Value(torch.autograd.Function):
+    """Value (...,) in float64 of the cost C, or of clouds x and y (None: x itself) at power p; and its gradients."""
 
     @staticmethod
-    def forward(ctx, C, a, b, f, g, eps):
-        ctx.save_for_backward(C, a, b, f, g)
-        ctx.eps = eps
-        P, a, b = _plan(C, a, b, f, g, eps), a.double(), b.double()
-        return (a * f).sum(-1) + (b * g).sum(-1) - eps * (P.sum((-2, -1), dtype=torch.float64) - a.sum(-1))
+    def forward(ctx, C, x, y, a, b, p, solved, cost, settings):
+        one = x is not None and y is None
+        potentials, value, plan = _solve(cost, a, a if one else b, *settings, symmetric=one)
+        solved.append(potentials)
+        grad_C = torch.cat([P for _, P in plan()], dim=-2) if ctx.needs_input_grad[0] else None
+        grad_x = grad_y = None
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            grad_x, grad_y = _point_gradients(x, y, p, cost, plan, ctx.needs_input_grad[2])
+        f, g = potentials.f * (2 if one else 1), potentials.g
+        ctx.save_for_backward(grad_C, grad_x, grad_y, f, g)
+        return value
 
     @staticmethod
     def backward(ctx, grad):
         if torch.is_grad_enabled():  # only with create_graph=True
-            raise RuntimeError("entropic_ot cannot be differentiated twice: call backward without create_graph")
-        C, a, b, f, g = ctx.saved_tensors
-        grad = grad.to(C.dtype).unsqueeze(-1)
-        grad_C = grad.unsqueeze(-1) * _plan(C, a, b, f, g, ctx.eps) if ctx.needs_input_grad[0] else None
-        return grad_C, grad * f, grad * g, None, None, None
+            raise RuntimeError("optimal transport cannot be differentiated twice: call backward without create_graph")
+        grad_C, grad_x, grad_y, f, g = ctx.saved_tensors
+
+        def times(t, needed):
+            return t * grad.to(t.dtype).view(grad.shape + (1,) * (t.dim() - grad.dim())) if needed else None
+
+        return *map(times, (grad_C, grad_x, grad_y, f, g), ctx.needs_input_grad), None, None, None, None
 
 
-def _value(C, a, b, eps, tol, max_iter):
-    """The value (...,) in float64, and the potentials it came from."""
-    potentials = _solve(C, a, b, eps, tol, max_iter)
-    return _EnvelopeValue.apply(C, a, b, potentials.f, potentials.g, eps), potentials
+def _point_gradients(x, y, p, cost, plan, of_y):
+    """Gradients of <P, C> in x and, if asked for, y; in both arguments at once where y is None, which is x itself.
+
+    Around a common centre, as large coordinates would cancel.
+    """
+    centre, times = x.mean(-2, keepdim=True), 2 if y is None else 1
+    x, y = x - centre, (x if y is None else y) - centre
+    of_x, to_y, weight = [], 0, 0
+    for rows, P in plan():
+        if p == 1:
+            distance = cost(rows)
+            P = torch.where(distance > 0, P / distance, 0)
+        of_x.append(P.sum(-1, keepdim=True) * x[..., rows, :] - P @ y)
+        if of_y:
+            to_y, weight = to_y + P.mT @ x[..., rows, :], weight + P.sum(-2).unsqueeze(-1)
+    return times * torch.cat(of_x, dim=-2), weight * y - to_y if of_y else None
+
+
+def _between(x, y, a, b, p, eps, tol, max_iter, solved):
+    """Value (...,) between two clouds; of a cloud with itself where y is x."""
+    one = y is x
+    with torch.no_grad():
+        cost = _cost(x, y, p)
+        if a.numel() * b.shape[-1] > LARGEST:  # no cost is larger than from end to end
+            low, high = 0.0, (2 * max(float((z - x[..., :1, :]).norm(dim=-1).max()) for z in (x, y))) ** p / p
+        else:
+            C = x.new_empty(a.shape + b.shape[-1:])
+            for rows in _blocks(a, b):
+                C[..., rows, :] = cost(rows)
+            low, high = map(float, C.aminmax())
+            cost = _rows_of(C)
+    if not math.isfinite(high):
+        raise ValueError(f"x and y lie too far apart: their cost overflows {x.dtype}")
+    if _in_float64(low, high, eps, x.dtype):
+        x, a = x.double(), a.double()
+        y, b = (x, a) if one else (y.double(), b.double())
+        return _between(x, y, a, b, p, eps, tol, max_iter, solved)
+    if one:
+        y = b = None
+    return _Value.apply(None, x, y, a, b, p, solved, cost, (eps, tol, max_iter, low, high - low))
 
 
 def _cost(x, y, p):
-    # The matrix-product form of cdist is faster but cancels: close points would get a wrong distance.
-    distance = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
-    return distance**2 / 2 if p == 2 else distance
+    """rows -> cost (..., rows, m). Squared distances by one matrix product, in float64, as float32 would cancel."""
+    if p == 1:
+        return lambda rows: torch.cdist(x[..., rows, :], y, compute_mode="donot_use_mm_for_euclid_dist")
+    centre = x.mean(-2, keepdim=True)
+    x64, y64 = (x - centre).double(), (y - centre).double()
+    x_half, y_half = (z.square().sum(-1, keepdim=True) / 2 for z in (x64, y64))
+    left = torch.cat([x64, x_half, torch.ones_like(x_half)], dim=-1)
+    right = torch.cat([-y64, torch.ones_like(y_half), y_half], dim=-1).mT
+    return lambda rows: (left[..., rows, :] @ right).clamp_min_(0).to(x.dtype)
+
+
+def _blocks(a, b):
+    """Slices of the rows that give blocks of about BLOCK numbers."""
+    height = max(1, BLOCK // b.numel())
+    return [slice(start, start + height) for start in range(0, a.shape[-1], height)]
+
+
+def _rows_of(C):
+    return lambda rows: C[..., rows, :]
 
 
 def _warn_unless_converged(solved, tol, max_iter):
     failed = [s for s in solved if not bool(s.converged.all())]
     if failed:
         worst, n_iter = max(float(s.error.max()) for s in failed), max(s.n_iter for s in failed)
-        rounding = "rounding allows no less, use float64 or a larger eps"
         warnings.warn(
             f"Sinkhorn has not converged: L1 marginal error {worst:.0e} at tol {tol:g} after {n_iter} sweeps; "
-            f"{'raise max_iter or eps' if n_iter == max_iter else rounding}",
+            "raise max_iter, tol or eps, or use float64",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -266,49 +361,66 @@ def _at_least_float32(*tensors):
 
 
 def _check_tensor(name, t, least_dim, device=None):
+    """Least and largest value of a tensor, or ValueError."""
     if not isinstance(t, Tensor) or not t.dtype.is_floating_point:
         raise ValueError(f"{name} must be a floating point torch tensor, not {getattr(t, 'dtype', type(t).__name__)}")
     if t.dim() < least_dim or t.numel() == 0:
         raise ValueError(f"{name} must be non-empty, in {least_dim} dimensions or more, not of shape {tuple(t.shape)}")
     if device is not None and t.device != device:
         raise ValueError(f"{name} is on {t.device}, the other arguments on {device}")
-    if not bool(t.isfinite().all()):
+    low, high = map(float, t.detach().aminmax())  # NaN, where there is one
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"{name} holds NaN or infinite values")
+    return low, high
 
 
-def _checked(C, a, b, eps, tol, max_iter):
-    """C, a (..., n), b (..., m) in the floating type to compute in, and the type to return; or ValueError."""
-    _check_tensor("C", C, 2)
+def _check_settings(eps, tol, max_iter):
     if not (eps > 0 and math.isfinite(eps)):
         raise ValueError(f"eps must be positive and finite, not {eps}")
     if not (tol >= 0 and max_iter >= 1):
         raise ValueError(f"tol must be >= 0 and max_iter >= 1, not {tol} and {max_iter}")
-    a = _checked_weight("a", a, C, C.shape[-2])
-    b = _checked_weight("b", b, C, C.shape[-1])
-    slack = 1e-2 if {a.dtype, b.dtype} & {torch.float16, torch.bfloat16} else 1e-5
+
+
+def _in_float64(low, high, eps, dtype):
+    """Whether to compute in float64: where eps is large, the rounding of a plan counts eps times. Or ValueError."""
+    largest = max(abs(low), abs(high))
+    if largest > eps * torch.finfo(dtype).max:
+        raise ValueError(f"eps = {eps} is too small for costs as large as {largest:g} in {dtype}")
+    return eps >= high - low and dtype != torch.float64
+
+
+def _checked(C, a, b, eps, tol, max_iter):
+    """C, a (..., n), b (..., m) in the type to compute in, the type to return, C's least value and spread."""
+    low, high = _check_tensor("C", C, 2)
+    _check_settings(eps, tol, max_iter)
+    a, b = _checked_weights(a, b, C, C.shape[:-1], C.shape[:-2] + C.shape[-1:])
     C, a, b = _at_least_float32(C, a, b)
-    if not bool((C.abs().max() / eps).isfinite()):
-        raise ValueError(f"eps = {eps} is too small for costs as large as {C.abs().max().item():g} in {C.dtype}")
     dtype = C.dtype
-    if eps >= (C.max() - C.min()).item():  # the rounding of a plan counts eps times; and two sweeps do here
+    if _in_float64(low, high, eps, dtype):
         C, a, b = C.double(), a.double(), b.double()
+    return C, a, b, dtype, low, high - low
+
+
+def _checked_weights(a, b, like, shape_a, shape_b):
+    """a and b of these shapes and of equal total, in the type and on the device of `like`; or ValueError."""
+    slack = 1e-2 if any(w is not None and w.dtype in (torch.float16, torch.bfloat16) for w in (a, b)) else 1e-5
+    a, b = _checked_weight("a", a, like, shape_a), _checked_weight("b", b, like, shape_b)
     total_a, total_b = a.sum(-1, keepdim=True), b.sum(-1, keepdim=True)
     if bool(((total_a - total_b).abs() > slack * total_a).any()):
         worst = (total_a - total_b).abs().argmax()
         pair = f"{total_a.flatten()[worst].item():g} and {total_b.flatten()[worst].item():g}"
         raise ValueError(f"a and b must have equal total mass, not {pair}")
-    b = b * (total_a / total_b).detach()  # rounding must not leave a mass that fits nowhere
-    return C, a, b, dtype
+    return a, b
 
 
-def _checked_weight(name, weight, C, size):
-    shape = C.shape[:-2] + (size,)
+def _checked_weight(name, weight, like, shape):
+    dtype = torch.promote_types(like.dtype, torch.float32)
     if weight is None:
-        return C.new_full((), 1 / size, dtype=torch.promote_types(C.dtype, torch.float32)).expand(shape)
-    _check_tensor(name, weight, 1, C.device)
+        return like.new_full((), 1 / shape[-1], dtype=dtype).expand(shape)
+    low, _ = _check_tensor(name, weight, 1, like.device)
     leading = zip(weight.shape[-2::-1], shape[-2::-1])
-    if weight.shape[-1] != size or weight.dim() > len(shape) or any(have not in (1, need) for have, need in leading):
-        raise ValueError(f"{name} has shape {tuple(weight.shape)}; the cost {tuple(C.shape)} needs {tuple(shape)}")
-    if bool((weight < 0).any()) or bool((weight.sum(-1) <= 0).any()):
-        raise ValueError(f"{name} must be >= 0 with a positive total; its least weight is {weight.min().item():g}")
-    return weight.expand(shape)
+    if weight.shape[-1] != shape[-1] or weight.dim() > len(shape) or any(h not in (1, need) for h, need in leading):
+        raise ValueError(f"{name} has shape {tuple(weight.shape)}; it must be {tuple(shape)}")
+    if low < 0 or bool((weight.sum(-1) <= 0).any()):
+        raise ValueError(f"{name} must be >= 0 with a positive total; its least weight is {low:g}")
+    return weight.to(torch.promote_types(weight.dtype, dtype)).expand(shape)

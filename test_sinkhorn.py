@@ -81,7 +81,7 @@ def test_goes_to_the_linear_programme_as_eps_goes_to_zero(n, m):
     C, a, b = rand(1, n, m), simplex(2, n), simplex(3, m)
     exact = linear_programme(C, a, b)
     values = [float(entropic_ot(C, a, b, eps=eps, tol=1e-7, max_iter=50_000)) for eps in (1, 0.1, 0.01, 0.001)]
-    assert values == sorted(values, reverse=True)
+    assert all(more >= less - 1e-12 for more, less in zip(values, values[1:]))
     for eps, value in zip((1, 0.1, 0.01, 0.001), values):
         # KL(P | a b^T) is a mutual information: between 0 and the smaller of the two entropies.
         entropy = min(float(-(w * w.log()).sum()) for w in (a, b))
@@ -163,7 +163,7 @@ def test_eps_to_infinity_is_the_independent_coupling():
 def test_on_the_line_small_eps_sorts():
     x, y = rand(1, 9, 1), rand(2, 9, 1)
     gap = x.flatten().sort().values - y.flatten().sort().values
-    got = [sinkhorn_divergence(x, y, p=p, eps=1e-4, debias=False, tol=1e-6, max_iter=100_000) for p in (1, 2)]
+    got = [sinkhorn_divergence(x, y, p=p, eps=1e-4, debias=False, tol=1e-4, max_iter=20_000) for p in (1, 2)]
     assert abs(float(got[0] - gap.abs().mean())) < 1e-3
     assert abs(float(got[1] - (gap**2).mean() / 2)) < 1e-3
 
