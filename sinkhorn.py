@@ -129,10 +129,11 @@ def sinkhorn_divergence(x, y, a=None, b=None, p=2, eps=0.01, debias=True, tol=1e
     with torch.autocast(x.device.type, enabled=False):
         value = _between(x, y, a, b, p, eps, tol, max_iter, solved)
         if debias and x.shape == y.shape and a.numel() * b.shape[-1] <= BLOCK:  # small: both at once
-            x, a = torch.stack([x, y]), torch.stack([a, b])
-            value = value - _between(x, x, a, a, p, eps, tol, max_iter, solved).sum(0) / 2
+            z, w = torch.stack([x, y]), torch.stack([a, b])
+            value = value - _between(z, z, w, w, p, eps, tol, max_iter, solved, same=True).sum(0) / 2
         elif debias:
-            value = value - sum(_between(z, z, w, w, p, eps, tol, max_iter, solved) for z, w in ((x, a), (y, b))) / 2
+            for z, w in ((x, a), (y, b)):
+                value = value - _between(z, z, w, w, p, eps, tol, max_iter, solved, same=True) / 2
     _warn_unless_converged(solved, tol, max_iter)
     return value.to(x.dtype)
 
@@ -141,11 +142,11 @@ def sinkhorn_divergence(x, y, a=None, b=None, p=2, eps=0.01, debias=True, tol=1e
 
 
 @torch.no_grad()
-def _solve(cost, a, b, eps, tol, max_iter, low, spread, symmetric=False):
+def _solve(cost, a, b, eps, tol, max_iter, low, spread, same=False):
     """(Potentials, value (...,), plan) on checked arguments, where plan() yields (rows, P[..., rows, :]) by blocks.
 
-    cost(rows) gives rows of C, whose least value is `low` and whose values differ by `spread` at the most; symmetric
-    is for C = C^T and a = b, where f = g.
+    cost(rows) gives rows of C, whose least value is `low` and whose values differ by `spread` at the most; same: C is
+    symmetric and a is b, so that f is g.
 
     The iteration works on the kernel Q_ij = b_j exp((f_i + g_j - C_ij) / eps), made from potentials in the log domain,
     where nothing can overflow: rows sum to r (1 at the optimum), columns weighted by a to s (b at the optimum). Some
@@ -185,8 +186,8 @@ def _solve(cost, a, b, eps, tol, max_iter, low, spread, symmetric=False):
     def dot(x, y):
         return (x * y).sum(-1, keepdim=True)
 
-    f, g, level = torch.full_like(w, 0 if symmetric else low), torch.zeros_like(v), spread
-    while level > eps and not symmetric:
+    f, g, level = torch.full_like(w, low), torch.zeros_like(v), spread
+    while level > eps:
         _, _, p, q = sweep(f, g, level, None)
         f, g, level = f + level * p.log(), g + level * q.log(), level / ANNEALING
     omega, n_iter, most, before = None, 0, SWEEPS[1] if kept is not None else 1, None
@@ -202,7 +203,7 @@ def _solve(cost, a, b, eps, tol, max_iter, low, spread, symmetric=False):
                 continue
         if n_iter >= max_iter or bool((error <= tol).all()):
             break
-        if before is not None and not symmetric:
+        if before is not None and not same:
             rate = (error / old_error) ** (1 / sweeps)
             omega = torch.ones_like(mass) if omega is None else omega
             omega = torch.where((error > tol) & (rate < 1), _tuned(omega, rate), omega)
@@ -212,7 +213,7 @@ def _solve(cost, a, b, eps, tol, max_iter, low, spread, symmetric=False):
                 p = relaxed(p, (q @ kept.mT).reciprocal(), omega)
                 last = n == sweeps - 1  # the columns' sums are then exact, and the look measures the rows' alone
                 q = relaxed(q, v / ((w * p) @ kept), None if last else omega)
-            if symmetric:
+            if same:
                 p = q = (p * q).sqrt()
         log_p, log_q = p.log(), q.log()
         before = f, g, total, error, sweeps, dot(w, log_p) + dot(v, log_q)
@@ -246,19 +247,17 @@ def _tuned(omega, rate):
 
 
 class _Value(torch.autograd.Function):
-    """Value (...,) in float64 of the cost C, or of clouds x and y (None: x itself) at power p; and its gradients."""
+    """Value (...,) in float64 of the cost C, or of clouds x and y at power p; and its gradients."""
 
     @staticmethod
     def forward(ctx, C, x, y, a, b, p, solved, cost, settings):
-        one = x is not None and y is None
-        potentials, value, plan = _solve(cost, a, a if one else b, *settings, symmetric=one)
+        potentials, value, plan = _solve(cost, a, b, *settings)
         solved.append(potentials)
         grad_C = torch.cat([P for _, P in plan()], dim=-2) if ctx.needs_input_grad[0] else None
         grad_x = grad_y = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             grad_x, grad_y = _point_gradients(x, y, p, cost, plan, ctx.needs_input_grad[2])
-        f, g = potentials.f * (2 if one else 1), potentials.g
-        ctx.save_for_backward(grad_C, grad_x, grad_y, f, g)
+        ctx.save_for_backward(grad_C, grad_x, grad_y, potentials.f, potentials.g)
         return value
 
     @staticmethod
@@ -274,12 +273,9 @@ class _Value(torch.autograd.Function):
 
 
 def _point_gradients(x, y, p, cost, plan, of_y):
-    """Gradients of <P, C> in x and, if asked for, y; in both arguments at once where y is None, which is x itself.
-
-    Around a common centre, as large coordinates would cancel.
-    """
-    centre, times = x.mean(-2, keepdim=True), 2 if y is None else 1
-    x, y = x - centre, (x if y is None else y) - centre
+    """Gradients of <P, C> in x and, if asked for, y; around a common centre, as large coordinates would cancel."""
+    centre = x.mean(-2, keepdim=True)
+    x, y = x - centre, y - centre
     of_x, to_y, weight = [], 0, 0
     for rows, P in plan():
         if p == 1:
@@ -288,12 +284,11 @@ def _point_gradients(x, y, p, cost, plan, of_y):
         of_x.append(P.sum(-1, keepdim=True) * x[..., rows, :] - P @ y)
         if of_y:
             to_y, weight = to_y + P.mT @ x[..., rows, :], weight + P.sum(-2).unsqueeze(-1)
-    return times * torch.cat(of_x, dim=-2), weight * y - to_y if of_y else None
+    return torch.cat(of_x, dim=-2), weight * y - to_y if of_y else None
 
 
-def _between(x, y, a, b, p, eps, tol, max_iter, solved):
-    """Value (...,) between two clouds; of a cloud with itself where y is x."""
-    one = y is x
+def _between(x, y, a, b, p, eps, tol, max_iter, solved, same=False):
+    """Value (...,) between two clouds; same as in _solve."""
     with torch.no_grad():
         cost = _cost(x, y, p)
         if a.numel() * b.shape[-1] > LARGEST:  # no cost is larger than from end to end
@@ -307,12 +302,10 @@ def _between(x, y, a, b, p, eps, tol, max_iter, solved):
     if not math.isfinite(high):
         raise ValueError(f"x and y lie too far apart: their cost overflows {x.dtype}")
     if _in_float64(low, high, eps, x.dtype):
-        x, a = x.double(), a.double()
-        y, b = (x, a) if one else (y.double(), b.double())
-        return _between(x, y, a, b, p, eps, tol, max_iter, solved)
-    if one:
-        y = b = None
-    return _Value.apply(None, x, y, a, b, p, solved, cost, (eps, tol, max_iter, low, high - low))
+        x, y, a, b = (t.double() for t in (x, y, a, b))
+        return _between(x, y, a, b, p, eps, tol, max_iter, solved, same)
+    start = (0.0, 0.0) if same else (low, high - low)  # a cloud is near itself: zeros are a good start
+    return _Value.apply(None, x, y, a, b, p, solved, cost, (eps, tol, max_iter, *start, same))
 
 
 def _cost(x, y, p):
