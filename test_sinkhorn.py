@@ -4,7 +4,11 @@ torch, numpy, scipy and pytest; POT joins in where it is installed. CUDA is test
 """
 
 import math
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ import torch
 from scipy.optimize import linprog
 from scipy.special import logsumexp
 
+import sinkhorn
 from sinkhorn import entropic_ot, sinkhorn_divergence, sinkhorn_plan, sinkhorn_potentials
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -320,6 +325,141 @@ def test_coincident_and_single_points():
                 (grad,) = torch.autograd.grad(value, x)
                 assert math.isfinite(value.item()) and bool(grad.isfinite().all())
     assert abs(float(sinkhorn_divergence(torch.zeros(1, 2), torch.ones(1, 2), p=1)) - math.sqrt(2)) < 1e-6
+
+
+def random_problem(seed):
+    """A problem of any size, scale, shape and awkwardness: C, a, b, eps."""
+    g = np.random.default_rng(seed)
+    n, m, d = g.integers(1, 201), g.integers(1, 201), g.integers(1, 6)
+    leading = [(), (), (), (2,), (2, 1)][g.integers(5)]
+    x, y = g.normal(size=(*leading, n, d)), g.normal(size=(*leading, m, d)) + g.normal(size=d)
+    if g.random() < 0.2:  # repeated points
+        x, y = x[..., g.integers(0, n, n), :], x[..., g.integers(0, n, m), :]
+    C = ((x[..., :, None, :] - y[..., None, :, :]) ** 2).sum(-1) if g.random() < 0.7 else g.random((*leading, n, m))
+    scale = 10 ** g.uniform(-6, 6)
+    C = C / max(C.max(), 1e-9) * scale + g.choice([0, 0, -scale, scale / 2])
+
+    def weights(k):
+        w = g.random((*leading, k)) + 1e-3
+        w[..., g.random(k) < g.choice([0, 0, 0.3])] = g.choice([0, 1e-12, 1e-30])
+        w[..., 0] += 0.1
+        return w / w.sum(-1, keepdims=True)
+
+    dtype = [torch.float32, F64][g.integers(2)]
+    C, a, b = (torch.tensor(t, dtype=dtype) for t in (C, weights(n), weights(m)))
+    if g.random() < 0.2:
+        C = C.mT.contiguous().mT  # the same, laid out by columns
+    return C, a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True), scale * 10 ** g.uniform(-4, 1), g
+
+
+PROBLEMS = int(os.environ.get("SINKHORN_PROBLEMS", 2000))
+
+
+@pytest.mark.parametrize("part", range(10))
+def test_random_problems(part):
+    """Marginals within tol or an honest not-converged, no NaN, symmetry and invariances, on 2,000 random problems."""
+    unsolved = 0
+    for seed in range(part, PROBLEMS, 10):
+        C, a, b, eps, g = random_problem(seed)
+        spread, settings = float(C.max() - C.min()), {"eps": eps, "tol": 1e-4, "max_iter": 300}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            got, value = sinkhorn_potentials(C, a, b, **settings), entropic_ot(C, a, b, **settings)
+            back = entropic_ot(C.mT, b, a, **settings)
+            rows, columns = g.permutation(C.shape[-2]), g.permutation(C.shape[-1])
+            permuted = entropic_ot(C[..., rows, :][..., columns], a[..., rows], b[..., columns], **settings)
+            raised = entropic_ot(C + spread, a, b, **settings) - spread
+        assert all(bool(t.isfinite().all()) for t in (got.f, got.g, got.error, value, back, permuted, raised)), seed
+        f, g_, C64, a64, b64 = (t.double() for t in (got.f, got.g, C, a, b))
+        log_P = (f.unsqueeze(-1) + g_.unsqueeze(-2) - C64) / eps + a64.log().unsqueeze(-1) + b64.log().unsqueeze(-2)
+        P = log_P.exp()
+        error = (P.sum(-1) - a64).abs().sum(-1) + (P.sum(-2) - b64).abs().sum(-1)
+        assert bool((got.converged == (got.error <= 1e-4)).all()), seed
+        assert float((error - got.error).abs().max()) <= 1e-5 + 0.02 * float(error.max()), (seed, error, got.error)
+        if not bool(got.converged.all()):
+            unsolved += 1
+            continue
+        # A marginal error of tol moves the value by no more than tol times the spread of the potentials.
+        slack = 1e-4 * 4 * (spread + eps) + 1e-5 * float(C.abs().max())
+        for other in (back, permuted, raised):
+            assert float((other - value).abs().max()) <= slack, seed
+        independent = (C64 * a64.unsqueeze(-1) * b64.unsqueeze(-2)).sum((-2, -1))
+        assert bool((value <= independent + slack).all()) and bool((value >= C64.amin((-2, -1)) - slack).all()), seed
+    assert unsolved <= 0.2 * PROBLEMS / 10
+
+
+def test_random_divergences_are_not_negative_and_zero_on_equal_clouds():
+    for seed in range(PROBLEMS // 10):
+        g = np.random.default_rng(seed)
+        n, m, d, dtype = g.integers(1, 60), g.integers(1, 60), g.integers(1, 5), [torch.float32, F64][g.integers(2)]
+        x, y = (torch.tensor(g.normal(size=(k, d)), dtype=dtype) for k in (n, m))
+        p, eps = int(g.integers(1, 3)), 10 ** g.uniform(-3, 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            value = float(sinkhorn_divergence(x, y, p=p, eps=eps, tol=1e-5, max_iter=2000))
+            same = float(sinkhorn_divergence(x, x.clone(), p=p, eps=eps, tol=1e-5, max_iter=2000))
+        scale = float(torch.cdist(x, y).max()) ** p + eps
+        assert value >= -1e-4 * scale and abs(same) <= 1e-4 * scale, (seed, value, same)
+
+
+# ---- what users of other libraries ran into -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("p", [1, 2])
+def test_two_close_clouds_have_no_negative_divergence(p, dtype):
+    """geomloss issues 24 and 25."""
+    x = rand(1, 200, 3).to(dtype)
+    for distance in (1e-6, 1e-4, 1e-2):
+        for eps in (1e-3, 1e-2, 1):
+            value = sinkhorn_divergence(x, x + distance * rand(2, 200, 3).to(dtype), p=p, eps=eps, max_iter=5000)
+            assert float(value) >= -1e-6 * (1 if dtype == torch.float32 else 0.1)
+
+
+def test_plan_and_dual_value_agree_at_small_eps():
+    """geomloss issue 58: <C, P> + eps KL(P | a b^T), of the plan, is the value."""
+    x, y = unit_clouds(n=60)
+    C = squared_cost(x, y)
+    C = C / C.max()
+    for eps in (1e-2, 1e-3, 3e-4):
+        P = sinkhorn_plan(C, eps=eps, tol=1e-6, max_iter=50_000)
+        primal = (P * C).sum() + eps * torch.xlogy(P, P * 60 * 60).sum()
+        assert abs(float(primal - entropic_ot(C, eps=eps, tol=1e-6, max_iter=50_000))) <= 1e-6
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_kernels_too_large_to_keep_give_the_same(p, monkeypatch):
+    """geomloss issue 68: 25,000 points and more, in blocks."""
+    x, y, a, b = rand(1, 70, 4), rand(2, 90, 4) + 0.2, simplex(3, 70), simplex(4, 90)
+
+    def results():
+        q, r, w = x.clone().requires_grad_(), y.clone().requires_grad_(), a.clone().requires_grad_()
+        value = sinkhorn_divergence(q, r, w, b, p=p, eps=0.05, tol=1e-9, max_iter=5000)
+        plan = sinkhorn_plan(torch.cdist(x, y), a, b, eps=0.05, tol=1e-9, max_iter=5000)
+        return value, *torch.autograd.grad(value, (q, r, w)), plan
+
+    whole = results()
+    monkeypatch.setattr(sinkhorn, "LARGEST", 100)
+    monkeypatch.setattr(sinkhorn, "BLOCK", 500)
+    for kept, made in zip(whole, results()):
+        torch.testing.assert_close(kept, made, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read there")
+def test_twenty_thousand_points_in_two_gigabytes():
+    code = (
+        "import torch; from sinkhorn import sinkhorn_divergence\n"
+        "g = torch.Generator().manual_seed(0)\n"
+        "x, y = (torch.rand(20_000, 30, generator=g) / 30**0.5 for _ in range(2))\n"
+        "x.requires_grad_()\n"
+        "value = sinkhorn_divergence(x, y, eps=0.1, tol=1e-2, debias=False); value.backward()\n"
+        "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(sinkhorn.__file__).parent
+    )
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert int(done.stdout) < 2 * 2**20  # KiB
 
 
 # ---- gradients --------------------------------------------------------------------------------------
