@@ -131,7 +131,7 @@ def _plain(function):
 
 @_plain
 def _solve(cost, a, b, eps, tol, max_iter, low, high, same=False):
-    """(Potentials, value (...,) in float64, plan) on checked arguments; plan() yields (rows, P[..., rows, :]) by blocks.
+    """(Potentials, value (...,) in float64, plan) on checked arguments; plan() yields (rows, P[..., rows, :]) by parts.
 
     cost(rows) gives rows of C, whose values lie from low to high. same: C is symmetric and a is b, so that f is g.
 
@@ -178,11 +178,12 @@ def _solve(cost, a, b, eps, tol, max_iter, low, high, same=False):
     def off(r, s):
         return dot(w, (r - 1).abs()) + (s - v).abs().sum(-1, keepdim=True)
 
-    f, g, level = torch.full_like(w, 0 if same else low), torch.zeros_like(v), high - low
+    f, g, level = torch.full_like(w, 0 if same else low), torch.zeros_like(v), (high - low) / ANNEALING
     while level > eps and not same:  # a cloud is near itself: zeros are a good start
         _, _, p, q = sweep(f, g, level, None)
         f, g, level = f + level * p.log(), g + level * q.log(), level / ANNEALING
-    omega, n_iter, most, before = None, 0, 1 if kept is None else SWEEPS[1], None
+    omega, n_iter, before, longest = None, 0, None, 1 if kept is None else SWEEPS[1]
+    most = longest
     while True:
         r, s, p, q = sweep(f, g, eps, omega)
         total, error = dot(w, r), off(r, s)
@@ -202,7 +203,7 @@ def _solve(cost, a, b, eps, tol, max_iter, low, high, same=False):
             rho = ((rate + omega - 1) ** 2 / (rate * omega**2)).clamp(max=1)
             tuned = torch.maximum(omega, 2 / (1 + (1 - rho).sqrt())).clamp(max=MAX_RELAXATION)
             omega = tuned.where((error > tol) & (rate < 1), omega)
-        sweeps = min(max(SWEEPS[0], n_iter // 2), most, max_iter - n_iter)
+        sweeps, most = min(max(SWEEPS[0], n_iter // 2), most, max_iter - n_iter), min(2 * most, longest)
         for n in range(sweeps):
             if n > 0:
                 p = relaxed(p, (q @ kept.mT).reciprocal(), omega)
