@@ -519,6 +519,25 @@ def test_strided_input_and_no_grad_and_autocast():
             torch.testing.assert_close(sinkhorn_divergence(x, y, eps=0.05), value)
 
 
+def test_works_inside_torch_compile():
+    def loss(x, y):
+        return 2 * sinkhorn_divergence(3 * x, y, eps=0.1) + entropic_ot(torch.cdist(x, y), eps=0.1)
+
+    y, gradients = rand(1, 9, 3), []
+    for function in (loss, torch.compile(loss, backend="eager")):
+        x = rand(2, 7, 3).requires_grad_()
+        gradients.append(torch.autograd.grad(function(x, y), x)[0])
+    torch.testing.assert_close(*gradients)
+
+
+def test_other_devices_are_named():
+    C, away = rand(1, 4, 5), torch.ones(5, dtype=F64, device="meta")
+    with pytest.raises(ValueError, match="b is on meta, the other arguments on cpu"):
+        entropic_ot(C, None, away)
+    with pytest.raises(ValueError, match="y is on meta, the other arguments on cpu"):
+        sinkhorn_divergence(C, away.expand(4, 5))
+
+
 def test_not_converging_warns_once_with_the_error_and_without_nan():
     C = rand(1, 2, 30, 30)
     with warnings.catch_warnings(record=True) as caught:
