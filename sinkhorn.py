@@ -124,9 +124,15 @@ def sinkhorn_divergence(x, y, a=None, b=None, p=2, eps=0.01, debias=True, tol=1e
 
 def _plain(function):
     """Without gradients and autocast, whatever surrounds it."""
-    for device in ("cpu", "cuda"):
-        function = torch.autocast(device, enabled=False)(function)
-    return torch.no_grad()(function)
+
+    @torch.no_grad()
+    def plain(*args, **named):
+        if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+            return function(*args, **named)  # to enter the two contexts takes time
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args, **named)
+
+    return plain
 
 
 @_plain
@@ -284,7 +290,10 @@ def _between(x, y, a, b, p, solved, eps, tol, max_iter, same=False):
     if not math.isfinite(high):
         raise ValueError(f"x and y lie too far apart: their cost overflows {x.dtype}")
     settings = _checked_settings(eps, tol, max_iter, low, high, x.dtype)
-    return _Value.apply(None, x, y, a, b, p, solved, cost, (*settings, same))
+    if not same:
+        return _Value.apply(None, x, y, a, b, p, solved, cost, (*settings, False))
+    value = _Value.apply(None, x, x.detach(), a, a.detach(), p, solved, cost, (*settings, True))
+    return 2 * value - value.detach()  # both sides have the same gradient
 
 
 @_plain

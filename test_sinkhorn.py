@@ -601,7 +601,7 @@ def test_bad_clouds_are_named():
 
 # ---- python test_sinkhorn.py: ours beside other libraries -----------------------------------------------
 
-ROUNDS, PATIENCE = 20, 30  # calls a contender on a problem; fewer, three at least, once they took that many seconds
+ROUNDS, PATIENCE = 20, 15  # calls a contender on a problem; fewer, three at least, once they took that many seconds
 ADEQUATE = 1e-3  # relative error of the value
 
 
