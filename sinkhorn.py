@@ -1,4 +1,4 @@
-"""Entropic optimal transport in PyTorch: Sinkhorn's algorithm, its plan, its value and its gradient.
+"""Entropic optimal transport in PyTorch: log-domain Sinkhorn, its plan, its value and its gradient.
 
 This file stands alone. It imports torch only: copy it (with test_sinkhorn.py) into your project.
 
