@@ -5,6 +5,7 @@
     features     a .npz file of feature vectors (any two views of anything)
     synthetic    the embedded default: people, clips in time, valence and arousal
     Frames, Sounds, Signals   views that are read from their files when a batch asks for them
+    bad clips    refused in one line, or left out and counted
     affwild2     valence and arousal of faces, with the voice; as its holders ship it
     biovid       pain of faces, with a physiological signal; as its holders ship it
     folds        TwoView -> training and validation rows, by person where people are known

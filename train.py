@@ -3,6 +3,7 @@
 Reading order:
     options             what can be set; the defaults are the method's
     files and scores    small helpers
+    backbones           what embeds a view, in one process or in several
     fit                 the one training loop: every network below goes through it
     teachers            stage 1: both backbones, the joint teacher, T-Net
     align               stage 2: adapters and heads, self-distilled with the joint teacher
