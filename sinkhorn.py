@@ -170,13 +170,15 @@ def _solve(cost, a, b, eps, tol, max_iter, low, high, same=False):
 
     def sweep(f, g, eps, omega, kept=kept):
         """r and s of the kernel, and the factors p and q of a sweep from there."""
-        r, sums = [], 0
+        r, p, sums = [], [], 0
         for rows, Q in kernel(f, g, eps, kept):
             r.append(Q.sum(-1).unsqueeze(-2))
-            weights = torch.cat([w[..., rows], w[..., rows] * relaxed(1, r[-1].reciprocal(), omega)], dim=-2)
+            p.append(relaxed(1, r[-1].reciprocal(), omega))
+            weights = torch.cat([w[..., rows], w[..., rows] * p[-1]], dim=-2)
             sums = sums + weights.to(Q.dtype) @ Q
-        r, (s, s_next) = torch.cat(r, dim=-1), sums.split(1, dim=-2)
-        return r, s, relaxed(1, r.reciprocal(), omega), relaxed(1, v / s_next.clamp(tiny, 1 / tiny), omega)
+        s, s_next = sums.split(1, dim=-2)
+        q = relaxed(1, v / s_next.clamp(tiny, 1 / tiny), omega)
+        return torch.cat(r, dim=-1), s, torch.cat(p, dim=-1), q
 
     def dot(x, y):
         return (x * y).sum(-1, keepdim=True)

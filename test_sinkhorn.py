@@ -611,8 +611,7 @@ def benchmark(device):
     print(f"{'problem':26}{'eps':>6}  {'':24}{'forward':>9}{'and back':>10}{'value off':>11}{'gradient':>10}{'MiB':>7}")
     x, y = similarity_clouds()
     raw = rand(9, 1024, 1024)
-    batch = [torch.stack([cloud for cloud in unit_clouds(seed, 128)]) for seed in range(64)]
-    batch = [torch.stack(side) for side in zip(*batch)]
+    batch = [torch.stack(side) for side in zip(*(unit_clouds(seed, 128) for seed in range(64)))]
     for name, problem in [
         ("student's step, 128 x 30", (x, y)),
         ("clouds of 1,024 x 30", unit_clouds(2, 1024)),

@@ -438,9 +438,9 @@ def embeddings(args, data, fold, before, z=None):
     """z_v and z_p (N, D) of all clips, by the frozen backbones of stage 1, kept in a file."""
     key = "-".join([before["id"], *(stamp(getattr(data, view)) for view in VIEWS)])
     path = stage_file(args, fold, "embeddings")
-    if z is None and path.exists() and (kept := read(path))["key"] == key:
-        return [kept[view].to(args.device) for view in VIEWS]
     if z is None:
+        if path.exists() and (kept := read(path))["key"] == key:
+            return [kept[view].to(args.device) for view in VIEWS]
         z = {}
         for view in VIEWS:
             source = getattr(data, view)
@@ -715,9 +715,10 @@ def show_skipped(args, data):
 
 def run(args):
     methods = METHODS if args.method == "all" else (args.method,)
-    raw = {"stride": args.clip_stride, "levels": args.levels, "signal": args.signal}
-    raw |= {"skip_bad": args.skip_bad, "workers": args.workers}
-    data = load(args.dataset, args.data, args.seed, need_privileged=args.stage != "eval", **raw)
+    data = load(
+        args.dataset, args.data, args.seed, need_privileged=args.stage != "eval", stride=args.clip_stride,
+        levels=args.levels, signal=args.signal, skip_bad=args.skip_bad, workers=args.workers,
+    )  # fmt: skip
     for message in dict.fromkeys(data.skipped if processes()[0] == 0 else ()):
         print(f"train.py: left out, {message}", file=sys.stderr)
     if args.folds_by == "clip" and data.group is not None:
