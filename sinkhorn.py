@@ -16,6 +16,7 @@ maximise the dual. Sinkhorn's algorithm alternates the two exact half steps
 and at the optimum OT = <a, f> + <b, g>. Read from the public functions down; _solve is the iteration.
 """
 
+import functools
 import math
 import warnings
 from typing import NamedTuple
@@ -24,11 +25,11 @@ import torch
 from torch import Tensor
 
 ANNEALING = 4  # eps comes down to its value by this factor a sweep
-SWEEPS = 5, 100  # least and most between two looks, which make the kernel afresh and the host wait for the device
+SWEEPS = 3, 100  # least and most between two looks, which make the kernel afresh and the host wait for the device
 MAX_RELAXATION = 1.99  # 2 would never converge
 LEAST_WEIGHT = 1e-30  # of a total of 1: lesser weights of b, zeros too, count as this much in the iteration
 BLOCK = 2**18  # numbers of the kernel that are made at a time, to stay in the processor's cache
-LARGEST = 2**27  # numbers of a kernel that is kept in memory; of a larger one only blocks, made again every sweep
+LARGEST = 2**27  # numbers of a cost between clouds that is kept; a larger one is made again whenever it is needed
 
 
 class Potentials(NamedTuple):
@@ -54,18 +55,16 @@ def sinkhorn_potentials(C, a=None, b=None, eps=0.01, tol=1e-4, max_iter=1000):
     weight gets the potential it would have at vanishing weight. float16 and bfloat16 are computed, and returned, in
     float32. Not differentiable: see `entropic_ot`. Raises ValueError, naming the argument, on bad input.
     """
-    C, a, b, settings = _checked(C, a, b, eps, tol, max_iter)
-    potentials, _, _ = _solve(_rows(C), a, b, *settings)
+    potentials, _, _ = _solve(*_checked(C, a, b), eps, tol, max_iter)
     _warn([potentials], tol)
     return potentials
 
 
 def sinkhorn_plan(C, a=None, b=None, eps=0.01, tol=1e-4, max_iter=1000):
     """The entropic transport plan P (..., n, m), not differentiable. Arguments as sinkhorn_potentials."""
-    C, a, b, settings = _checked(C, a, b, eps, tol, max_iter)
-    potentials, _, plan = _solve(_rows(C), a, b, *settings)
+    potentials, _, plan = _solve(*_checked(C, a, b), eps, tol, max_iter)
     _warn([potentials], tol)
-    return torch.cat([P for _, P in plan()], dim=-2)
+    return torch.cat(list(plan()), dim=-2)
 
 
 def entropic_ot(C, a=None, b=None, eps=0.01, tol=1e-5, max_iter=1000):
@@ -76,11 +75,11 @@ def entropic_ot(C, a=None, b=None, eps=0.01, tol=1e-5, max_iter=1000):
     in b it is g, so no iteration is kept for the backward pass. As the problem exists only for equal totals, the
     gradients in a and b mean something along changes that keep the totals equal (a softmax, say).
     """
-    C, a, b, settings = _checked(C, a, b, eps, tol, max_iter)
-    solved = []
-    value = _Value.apply(C, None, None, a, b, None, solved, _rows(C), settings)
-    _warn(solved, tol)
-    return value.to(C.dtype)
+    cost, a, b, bounds = _checked(C, a, b)
+    potentials, value, plan = _solve(cost, a, b, bounds, eps, tol, max_iter)
+    _warn([potentials], tol)
+    P = torch.cat(list(plan()), dim=-2) if torch.is_grad_enabled() and C.requires_grad else None
+    return _Value.apply(value, (P, potentials.f, potentials.g), C, a, b).to(a.dtype)
 
 
 def sinkhorn_divergence(x, y, a=None, b=None, p=2, eps=0.01, debias=True, tol=1e-5, max_iter=1000):
@@ -99,24 +98,27 @@ def sinkhorn_divergence(x, y, a=None, b=None, p=2, eps=0.01, debias=True, tol=1e
     Raises ValueError, naming the argument, on bad input. Source: Feydy et al. (2019, "Interpolating between optimal
     transport and MMD using Sinkhorn divergences").
     """
-    _check_tensor("x", x, 2)
-    _check_tensor("y", y, 2, x.device)
+    _check("x", x, 2)
+    _check("y", y, 2, x.device)
     if x.shape[-1] != y.shape[-1]:
         raise ValueError(f"x and y must hold points of one dimension, not {x.shape[-1]} and {y.shape[-1]}")
     if p not in (1, 2):
         raise ValueError(f"p must be 1 or 2, not {p!r}")
     leading = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
-    x, y = (points.expand(leading + points.shape[-2:]) for points in _at_least_float32(x, y))
-    a, b = _checked_weights(a, b, x, leading + (x.shape[-2],), leading + (y.shape[-2],))
-    solved, settings = [], (eps, tol, max_iter)
-    value = _between(x, y, a, b, p, solved, *settings)
-    if debias and x.shape == y.shape and a.numel() * b.shape[-1] <= BLOCK:  # small: both at once
-        z, w = torch.stack([x, y]), torch.stack([a, b])
-        value = value - _between(z, z, w, w, p, solved, *settings, same=True).sum(0) / 2
-    elif debias:
-        value = value - sum(_between(z, z, w, w, p, solved, *settings, same=True) for z, w in ((x, a), (y, b))) / 2
+    dtype = _dtype(x, y)
+    x, y = (points.to(dtype).expand(leading + points.shape[-2:]) for points in (x, y))
+    a, b = _weights(a, b, x, leading + (x.shape[-2],), leading + (y.shape[-2],))
+    settings, solved = (p, eps, tol, max_iter), []
+    value = _between(x, y, a, b, solved, *settings)
+    if debias:
+        clouds = [(x, a), (y, b)]
+        if x.shape == y.shape and a.numel() * b.shape[-1] <= BLOCK:  # small: both at once
+            clouds = [(torch.stack([x, y]), torch.stack([a, b]))]
+        for z, w in clouds:
+            itself = _between(z, z, w, w, solved, *settings, same=True)
+            value = value - itself.reshape(-1, *value.shape).sum(0) / 2
     _warn(solved, tol)
-    return value.to(x.dtype)
+    return value.to(dtype)
 
 
 # ---- the iteration --------------------------------------------------------------------------------
@@ -124,200 +126,178 @@ def sinkhorn_divergence(x, y, a=None, b=None, p=2, eps=0.01, debias=True, tol=1e
 
 def _plain(function):
     """Without gradients and autocast, whatever surrounds it."""
-
-    @torch.no_grad()
-    def plain(*args, **named):
-        if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
-            return function(*args, **named)  # to enter the two contexts takes time
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return function(*args, **named)
-
-    return plain
+    for context in (torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)):
+        function = context(function)
+    return function
 
 
 @_plain
-def _solve(cost, a, b, eps, tol, max_iter, low, high, same=False):
-    """(Potentials, value (...,) in float64, plan) on checked arguments; plan() yields (rows, P[..., rows, :]) by parts.
+def _solve(cost, a, b, bounds, eps, tol, max_iter, same=False):
+    """(Potentials, value (...,) in float64, plan) on checked tensors; plan() yields blocks of rows of P.
 
-    cost(rows) gives rows of C, whose values lie from low to high. same: C is symmetric and a is b, so that f is g.
+    cost() yields blocks of rows of C, as high as _height says, with values within bounds. same: C is symmetric and a
+    is b, so that f is g.
 
-    The iteration works on the kernel Q_ij = b_j exp((f_i + g_j - C_ij) / eps), made from potentials in the log domain,
+    The iteration works on the kernel K_ij = b_j exp((f_i + g_j - C_ij) / eps), made from potentials in the log domain,
     where nothing overflows: rows sum to r (1 at the optimum), columns weighted by a to s (b at the optimum). Some
-    sweeps scale Q by p and q, which are matrix products; then p and q go into f and g, and Q is made afresh. The
+    sweeps scale K by p and q, which are matrix products; then p and q go into f and g, and K is made afresh. The
     first potentials come from larger eps, a sweep each. Half steps overshoot by omega, tuned to the observed rate by
     Young's formula for over-relaxation; where the dual fell they are taken back. Source: stabilised scaling, Schmitzer
     (2019); overrelaxation, Thibault et al. (2017), Young (1954); half steps averaged for symmetry, Feydy et al. (2019).
     """
-    dtype, exact, positive = a.dtype, torch.finfo(a.dtype).eps, b.unsqueeze(-2) > 0
+    (low, high), dtype, exact, positive = bounds, a.dtype, torch.finfo(a.dtype).eps, b.unsqueeze(-2) > 0
+    largest = max(abs(low), abs(high), high - low)
+    if not math.isfinite(largest):
+        raise ValueError(f"x and y lie too far apart: their cost overflows {dtype}")
+    if not (eps > 0 and math.isfinite(eps)):
+        raise ValueError(f"eps must be positive and finite, not {eps}")
+    if not (tol >= 0 and max_iter >= 1):
+        raise ValueError(f"tol must be >= 0 and max_iter >= 1, not {tol} and {max_iter}")
+    if largest > eps * torch.finfo(dtype).max:
+        raise ValueError(f"eps = {eps} is too small for costs as large as {largest:g} in {dtype}")
     if eps >= high - low:  # the rounding of a plan counts eps times; and two sweeps do here
         a, b = a.double(), b.double()
     a, b = a.unsqueeze(-2), b.unsqueeze(-2)  # vectors are rows in here: torch is fastest at a row times a matrix
-    mass, tiny = a.sum(-1, keepdim=True), torch.finfo(a.dtype).tiny
+    mass, tiny, height = a.sum(-1, keepdim=True), torch.finfo(a.dtype).tiny, _height(a, b)
     w, v = a / mass, (b / b.sum(-1, keepdim=True)).clamp_min(LEAST_WEIGHT)
-    parts, size = _blocks(a, b), a.numel() * b.shape[-1]
-    kept = a.new_empty(a.shape[:-2] + (a.shape[-1], b.shape[-1])) if size <= LARGEST else None
     log_v, least = v.log(), math.log(tiny) + 1  # exp of less is slow
+    K = a.new_empty(a.shape[:-2] + (a.shape[-1], b.shape[-1]))
 
-    def kernel(f, g, eps, kept=None):
-        h, f = torch.add(log_v, g, alpha=1 / eps), f.mT
-        for rows in parts:
-            out = None if kept is None else kept[..., rows, :]
-            Q = torch.add(h, cost(rows), alpha=-1 / eps, out=out).add_(f[..., rows, :], alpha=1 / eps)
-            yield rows, Q.clamp_(least, -least / 2).exp_()
+    def sums(f, g, eps):
+        """r and s of the kernel K of f and g, which are in units of eps."""
+        for C, rows, f_rows in zip(cost(), K.split(height, -2), f.mT.split(height, -2)):
+            torch.add(log_v + g + f_rows, C, alpha=-1 / eps, out=rows).clamp_(least, -least / 2).exp_()
+        return K.sum(-1).unsqueeze(-2), w @ K
 
     def relaxed(old, new, omega):
-        return new if omega is None else old * (new / old) ** omega
+        return new if omega == 1 else old * (new / old) ** omega
 
-    def sweep(f, g, eps, omega, kept=kept):
-        """r and s of the kernel, and the factors p and q of a sweep from there."""
-        r, p, sums = [], [], 0
-        for rows, Q in kernel(f, g, eps, kept):
-            r.append(Q.sum(-1).unsqueeze(-2))
-            p.append(relaxed(1, r[-1].reciprocal(), omega))
-            weights = torch.cat([w[..., rows], w[..., rows] * p[-1]], dim=-2)
-            sums = sums + weights.to(Q.dtype) @ Q
-        s, s_next = sums.split(1, dim=-2)
-        q = relaxed(1, v / s_next.clamp(tiny, 1 / tiny), omega)
-        return torch.cat(r, dim=-1), s, torch.cat(p, dim=-1), q
+    def swept(r, sweeps, omega):
+        """Logarithms of the factors p and q after so many sweeps on K, of row sums r."""
+        p = q = 1
+        for n in range(sweeps):
+            p = relaxed(p, (r if n == 0 else q @ K.mT).reciprocal(), omega)
+            last = n == sweeps - 1  # the columns' sums are then exact, and the look measures the rows' alone
+            q = relaxed(q, v / ((w * p) @ K).clamp_(tiny, 1 / tiny), 1 if last else omega)
+            if same:
+                p = q = (p * q).sqrt()
+        return p.log(), q.log()
 
-    def dot(x, y):
-        return (x * y).sum(-1, keepdim=True)
+    def total(x):
+        return x.sum(-1, keepdim=True)
 
     def off(r, s):
-        return dot(w, (r - 1).abs()) + (s - v).abs().sum(-1, keepdim=True)
+        return total((w * r - w).abs()) + total((s - v).abs())
 
     f, g, level = torch.full_like(w, 0 if same else low), torch.zeros_like(v), (high - low) / ANNEALING
     while level > eps and not same:  # a cloud is near itself: zeros are a good start
-        _, _, p, q = sweep(f, g, level, None)
-        f, g, level = f + level * p.log(), g + level * q.log(), level / ANNEALING
-    omega, n_iter, before, longest = None, 0, None, 1 if kept is None else SWEEPS[1]
-    most = longest
+        log_p, log_q = swept(sums(f / level, g / level, level)[0], 1, 1)
+        f, g, level = f + level * log_p, g + level * log_q, level / ANNEALING
+    f, g = old_f, old_g = f / eps, g / eps
+    omega, n_iter, sweeps, most, old_mean, old_worst, rise = 1, 0, 0, SWEEPS[1], 0, 0, 0
     while True:
-        r, s, p, q = sweep(f, g, eps, omega)
-        total, error = dot(w, r), off(r, s)
-        if before is not None:
-            old_f, old_g, old_total, old_error, sweeps, rise = before
-            # In units of eps and mass. Where the kernel grew out of its bounds the gain is not to be trusted.
-            rose = (rise - total + old_total >= -32 * exact) & (total < 1e6 + old_total)
-            if not bool(rose.all()):
-                f, g, omega = f.where(rose, old_f), g.where(rose, old_g), None
-                most, before = max(1, sweeps // 4), None
-                continue
-        if n_iter >= max_iter or bool((error <= tol).all()):
+        r, s = sums(f, g, eps)
+        mean, error = total(w * r), off(r, s)
+        grown = mean - old_mean  # the dual, in units of eps, gained rise - grown
+        worst, gain, grown = torch.stack([error.max(), (rise - grown).min(), grown.max()]).tolist()
+        if max(sweeps, omega) > 1 and not (gain >= -32 * exact and grown < 1e6):  # 1e6: the kernel hit its bounds
+            f, g, omega, most, sweeps = old_f, old_g, 1, sweeps // 4 or 1, 0
+            continue
+        if n_iter >= max_iter or worst <= tol:
             break
-        if before is not None and not same:  # Young: the plain rate is rho; the best omega 2 / (1 + sqrt(1 - rho))
-            omega = torch.ones_like(mass) if omega is None else omega
-            rate = torch.maximum((error / old_error) ** (1 / sweeps), omega - 1).clamp_min(1e-9)
-            rho = ((rate + omega - 1) ** 2 / (rate * omega**2)).clamp(max=1)
-            tuned = torch.maximum(omega, 2 / (1 + (1 - rho).sqrt())).clamp(max=MAX_RELAXATION)
-            omega = tuned.where((error > tol) & (rate < 1), omega)
-        sweeps, most = min(max(SWEEPS[0], n_iter // 2), most, max_iter - n_iter), min(2 * most, longest)
-        for n in range(sweeps):
-            if n > 0:
-                p = relaxed(p, (q @ kept.mT).reciprocal(), omega)
-                last = n == sweeps - 1  # the columns' sums are then exact, and the look measures the rows' alone
-                q = relaxed(q, v / ((w * p) @ kept), None if last else omega)
-            if same:
-                p = q = (p * q).sqrt()
-        log_p, log_q = p.log(), q.log()
-        before = f, g, total, error, sweeps, dot(w, log_p) + dot(v, log_q)
-        f, g, n_iter = f + eps * log_p, g + eps * log_q, n_iter + sweeps
+        if sweeps > 0 and not same and 0 < worst < old_worst:
+            # Young: the plain iteration's rate is rho, and the best omega 2 / (1 + sqrt(1 - rho)).
+            rate = max((worst / old_worst) ** (1 / sweeps), omega - 1)
+            rho = min(1, (rate + omega - 1) ** 2 / (rate * omega**2))
+            omega = min(MAX_RELAXATION, max(omega, 2 / (1 + math.sqrt(1 - rho))))
+        sweeps, most = min(max(SWEEPS[0], n_iter // 2), most, max_iter - n_iter), min(2 * most, SWEEPS[1])
+        log_p, log_q = swept(r, sweeps, omega)
+        old_f, old_g, old_mean, old_worst, rise = f, g, mean, worst, total(w * log_p) + total(v * log_q)
+        f, g, n_iter = f + log_p, g + log_q, n_iter + sweeps
 
     def plan():
-        weight = a.mT
-        for rows, Q in kernel(f, g, eps) if kept is None else ((rows, kept[..., rows, :]) for rows in parts):
-            yield rows, (Q * weight[..., rows, :] * positive).to(dtype)
+        for rows, a_rows in zip(K.split(height, -2), a.mT.split(height, -2)):
+            yield (rows * a_rows * positive).to(dtype)
 
-    # The value's term in total is zero at the optimum. With it, rounding in f and g moves the value in second order
+    # The value's term in the mean is zero at the optimum. With it, rounding in f and g moves the value in second order
     # only, which matters where a divergence is a small difference of large values.
-    mass, total = mass.double(), total.double()
-    mean_f, mean_g, log_mass = dot(w.double(), f), dot(v.double(), g), eps * mass.log()
-    value = mass * (mean_f + mean_g - eps * (total - 1) - log_mass)
+    f, g, mass, log_mass = f.double(), g.double(), mass.double(), mass.double().log()
+    mean_f, mean_g = total(w * f), total(v * g)
+    value = eps * mass * (mean_f + mean_g - (mean - 1) - log_mass)
     shift = (mean_g - mean_f) / 2
-    f_out, g_out = ((h - log_mass / 2).to(dtype) for h in (f + shift, g - shift))
-    if 8 * exact * max(abs(low), abs(high), high - low) > eps * tol:  # rounding matters: measure what is returned
-        error = off(*sweep(f_out + log_mass / 2, g_out + log_mass / 2, eps, None, kept=None)[:2])
-    converged, error, value = (t[..., 0, 0] for t in (error <= tol, (error * mass).to(dtype), value))
-    return Potentials(f_out.squeeze(-2), g_out.squeeze(-2), n_iter, error, converged), value, plan
+    f, g = ((eps * (h - log_mass / 2)).to(dtype) for h in (f + shift, g - shift))
+    if 8 * exact * largest > eps * tol:  # rounding matters: measure what is returned, in float64
+        error = off(*sums(*(h.double() / eps + log_mass / 2 for h in (f, g)), eps))
+    error, converged, value = (t[..., 0, 0] for t in ((error * mass).to(dtype), error <= tol, value))
+    return Potentials(f.squeeze(-2), g.squeeze(-2), n_iter, error, converged), value, plan
 
 
 class _Value(torch.autograd.Function):
-    """Value (...,) in float64 of the cost C, or of clouds x and y at power p; and its gradients, made on the way."""
+    """A value (...,) whose gradients are known: _Value.apply(value, (gradient or None, ...), *inputs)."""
 
     @staticmethod
-    def forward(ctx, C, x, y, a, b, p, solved, cost, settings):
-        potentials, value, plan = _solve(cost, a, b, *settings)
-        solved.append(potentials)
-        of_C, of_x, of_y = ctx.needs_input_grad[:3]
-        grad_C = torch.cat([P for _, P in plan()], dim=-2) if of_C else None
-        grad_x, grad_y = _gradients(x, y, p, cost, plan, of_y) if of_x or of_y else (None, None)
-        ctx.save_for_backward(grad_C, grad_x, grad_y, potentials.f, potentials.g)
+    def forward(ctx, value, gradients, *inputs):
+        ctx.save_for_backward(*gradients)
         return value
 
     @staticmethod
     def backward(ctx, grad):
         if torch.is_grad_enabled():  # only with create_graph=True
             raise RuntimeError("optimal transport cannot be differentiated twice: call backward without create_graph")
-        pairs = zip(ctx.saved_tensors, ctx.needs_input_grad)
-        shaped = (
-            grad.to(t.dtype).view(grad.shape + (1,) * (t.dim() - grad.dim())) * t if n else None for t, n in pairs
-        )
-        return *shaped, None, None, None, None
+        of_inputs = (g if g is None else grad[(...,) + (None,) * (g.dim() - grad.dim())] * g for g in ctx.saved_tensors)
+        return None, None, *of_inputs
+
+
+def _between(x, y, a, b, solved, p, eps, tol, max_iter, same=False):
+    """Value (...,) in float64 between two clouds, differentiable; same as in _solve, whose potentials join `solved`."""
+    of_x, of_y = (torch.is_grad_enabled() and z.requires_grad for z in (x, y))
+    potentials, value, grad_x, grad_y = _solve_clouds(x, y, a, b, p, (eps, tol, max_iter), same, of_x, of_y)
+    solved.append(potentials)
+    if same:  # both sides have the same gradient
+        return _Value.apply(value, (None if grad_x is None else 2 * grad_x, 2 * potentials.f), x, a)
+    return _Value.apply(value, (grad_x, grad_y, potentials.f, potentials.g), x, y, a, b)
 
 
 @_plain
-def _gradients(x, y, p, cost, plan, of_y):
-    """Gradients of <P, C> in x and, if asked for, y; around a common centre, as large coordinates would cancel."""
-    centre = x.mean(-2, keepdim=True)
-    x, y, grad_x, to_y, weight = x - centre, y - centre, [], 0, 0
-    for rows, P in plan():
+def _solve_clouds(x, y, a, b, p, settings, same, of_x, of_y):
+    """Potentials, value, and its gradients in x and y, each where asked for, else None."""
+    centre, height = x.mean(-2, keepdim=True), _height(a, b)
+    x, y = x - centre, y - centre  # large coordinates would cancel
+    y64, blocks = y.double(), x.split(height, -2)
+    y_half = y64.square().sum(-1).unsqueeze(-2) / 2
+
+    def block(rows):
+        """Rows of the cost. The squared distance is one matrix product, in float64 because it cancels."""
         if p == 1:
-            distance = cost(rows)
+            return torch.cdist(rows, y, compute_mode="donot_use_mm_for_euclid_dist")
+        rows = rows.double()
+        C = (rows.square().sum(-1, keepdim=True) / 2 + y_half).sub_(rows @ y64.mT)
+        return C.clamp_min_(0).to(y.dtype)
+
+    def cost():
+        return map(block, blocks) if C is None else C
+
+    if a.numel() * b.shape[-1] > LARGEST:  # no cost is larger than from end to end
+        C, bounds = None, (0.0, (2 * max(float(z.norm(dim=-1).max()) for z in (x, y))) ** p / p)
+    else:
+        C = list(map(block, blocks))
+        bounds = min(float(rows.min()) for rows in C), max(float(rows.max()) for rows in C)
+    potentials, value, plan = _solve(cost, a, b, bounds, *settings, same)
+    grad_x, grad_y = (torch.zeros_like(z) if of_z else None for z, of_z in ((x, of_x), (y, of_y and not same)))
+    for n, P in enumerate(plan()) if of_x or of_y else ():
+        if p == 1:
+            distance = block(blocks[n])
             P = torch.where(distance > 0, P / distance, 0)
-        grad_x.append(P.sum(-1, keepdim=True) * x[..., rows, :] - P @ y)
-        if of_y:
-            to_y, weight = to_y + P.mT @ x[..., rows, :], weight + P.sum(-2).unsqueeze(-1)
-    return torch.cat(grad_x, dim=-2), weight * y - to_y if of_y else None
+        if of_x:
+            grad_x.split(height, -2)[n].copy_(P.sum(-1, keepdim=True) * blocks[n] - P @ y)
+        if grad_y is not None:
+            grad_y += P.sum(-2).unsqueeze(-1) * y - P.mT @ blocks[n]
+    return potentials, value, grad_x, grad_y
 
 
-def _between(x, y, a, b, p, solved, eps, tol, max_iter, same=False):
-    """Value (...,) between two clouds; same as in _solve."""
-    with torch.no_grad():
-        cost = _cost(x, y, p)
-        if a.numel() * b.shape[-1] > LARGEST:  # no cost is larger than from end to end
-            low, high = 0.0, (2 * max(float((z - x[..., :1, :]).norm(dim=-1).max()) for z in (x, y))) ** p / p
-        else:
-            C = torch.cat([cost(rows) for rows in _blocks(a, b)], dim=-2)
-            low, high, cost = *map(float, C.aminmax()), _rows(C)
-    if not math.isfinite(high):
-        raise ValueError(f"x and y lie too far apart: their cost overflows {x.dtype}")
-    settings = _checked_settings(eps, tol, max_iter, low, high, x.dtype)
-    if not same:
-        return _Value.apply(None, x, y, a, b, p, solved, cost, (*settings, False))
-    value = _Value.apply(None, x, x.detach(), a, a.detach(), p, solved, cost, (*settings, True))
-    return 2 * value - value.detach()  # both sides have the same gradient
-
-
-@_plain
-def _cost(x, y, p):
-    """rows -> cost (..., rows, m). Squared distances by one matrix product, in float64, as float32 would cancel."""
-    if p == 1:
-        return lambda rows: torch.cdist(x[..., rows, :], y, compute_mode="donot_use_mm_for_euclid_dist")
-    x64, y64 = ((z - x.mean(-2, keepdim=True)).double() for z in (x, y))
-    x_half, y_half = (z.square().sum(-1, keepdim=True) / 2 for z in (x64, y64))
-    left = torch.cat([x64, x_half, torch.ones_like(x_half)], dim=-1)
-    right = torch.cat([-y64, torch.ones_like(y_half), y_half], dim=-1).mT
-    return lambda rows: (left[..., rows, :] @ right).clamp_min_(0).to(x.dtype)
-
-
-def _rows(C):
-    return lambda rows: C[..., rows, :]
-
-
-def _blocks(a, b):
-    """Slices of the rows that make blocks of about BLOCK numbers."""
-    height = max(1, BLOCK // b.numel())
-    return [slice(start, start + height) for start in range(0, a.shape[-1], height)]
+def _height(a, b):
+    """Rows that make a block of about BLOCK numbers."""
+    return max(1, BLOCK // b.numel())
 
 
 def _warn(solved, tol):
@@ -331,15 +311,12 @@ def _warn(solved, tol):
 # ---- the argument checks --------------------------------------------------------------------------
 
 
-def _at_least_float32(*tensors):
-    """The tensors in their common floating type, half types raised to float32."""
-    dtype = torch.float32
-    for t in tensors:
-        dtype = torch.promote_types(dtype, t.dtype)
-    return [t.to(dtype) for t in tensors]
+def _dtype(*tensors):
+    """Their common floating type, float32 at the least."""
+    return functools.reduce(torch.promote_types, [t.dtype for t in tensors], torch.float32)
 
 
-def _check_tensor(name, t, least_dim, device=None):
+def _check(name, t, least_dim, device=None):
     """Least and largest value of a tensor, or ValueError."""
     if not isinstance(t, Tensor) or not t.dtype.is_floating_point:
         raise ValueError(f"{name} must be a floating point torch tensor, not {getattr(t, 'dtype', type(t).__name__)}")
@@ -353,38 +330,31 @@ def _check_tensor(name, t, least_dim, device=None):
     return low, high
 
 
-def _checked(C, a, b, eps, tol, max_iter):
-    """C, a (..., n), b (..., m) in the type to compute in, and the settings of _solve; or ValueError."""
-    low, high = _check_tensor("C", C, 2)
-    a, b = _checked_weights(a, b, C, C.shape[:-1], C.shape[:-2] + C.shape[-1:])
-    C, a, b = _at_least_float32(C, a, b)
-    return C, a, b, _checked_settings(eps, tol, max_iter, low, high, C.dtype)
+def _checked(C, a, b):
+    """What _solve needs of a cost and its weights."""
+    bounds = _check("C", C, 2)
+    a, b = _weights(a, b, C, C.shape[:-1], C.shape[:-2] + C.shape[-1:])
+    dtype = _dtype(C, a, b)
+    a, b, blocks = a.to(dtype), b.to(dtype), C.detach().to(dtype).split(_height(a, b), dim=-2)
+    return lambda: blocks, a, b, bounds
 
 
-def _checked_settings(eps, tol, max_iter, low, high, dtype):
-    if not (eps > 0 and math.isfinite(eps)):
-        raise ValueError(f"eps must be positive and finite, not {eps}")
-    if not (tol >= 0 and max_iter >= 1):
-        raise ValueError(f"tol must be >= 0 and max_iter >= 1, not {tol} and {max_iter}")
-    if max(abs(low), abs(high)) > eps * torch.finfo(dtype).max:
-        raise ValueError(f"eps = {eps} is too small for costs as large as {max(abs(low), abs(high)):g} in {dtype}")
-    return eps, tol, max_iter, low, high
-
-
-def _checked_weights(a, b, like, shape_a, shape_b):
-    """a and b of these shapes and of equal total, in the type and on the device of `like`; or ValueError."""
-    checked, slack, dtype = [], 1e-5, torch.promote_types(like.dtype, torch.float32)
+def _weights(a, b, like, shape_a, shape_b):
+    """a and b of these shapes and of equal total, float32 at the least, on the device of `like`; or ValueError."""
+    if a is None and b is None:
+        return [like.new_full((), 1 / shape[-1], dtype=_dtype(like)).expand(shape) for shape in (shape_a, shape_b)]
+    checked, slack = [], 1e-5
     for name, weight, shape in (("a", a, shape_a), ("b", b, shape_b)):
         if weight is None:
-            weight = like.new_full((), 1 / shape[-1], dtype=dtype).expand(shape)
-        low, _ = _check_tensor(name, weight, 1, like.device)
+            weight = like.new_full((), 1 / shape[-1], dtype=_dtype(like)).expand(shape)
+        low, _ = _check(name, weight, 1, like.device)
         fits = [have in (1, need) for have, need in zip(weight.shape[-2::-1], shape[-2::-1])]
         if weight.shape[-1] != shape[-1] or weight.dim() > len(shape) or not all(fits):
             raise ValueError(f"{name} has shape {tuple(weight.shape)}; it must be {tuple(shape)}")
         if low < 0 or bool((weight.sum(-1) <= 0).any()):
             raise ValueError(f"{name} must be >= 0 with a positive total; its least weight is {low:g}")
+        checked.append(weight.to(_dtype(weight, like)).expand(shape))
         slack = max(slack, 2 * torch.finfo(weight.dtype).eps)  # of half types
-        checked.append(weight.to(torch.promote_types(weight.dtype, dtype)).expand(shape))
     total_a, total_b = (weight.sum(-1) for weight in checked)
     if bool(((total_a - total_b).abs() > slack * total_a).any()):
         worst = (total_a - total_b).abs().argmax()
