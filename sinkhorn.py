@@ -64,7 +64,7 @@ def sinkhorn_plan(C, a=None, b=None, eps=0.01, tol=1e-4, max_iter=1000):
     """The entropic transport plan P (..., n, m), not differentiable. Arguments as sinkhorn_potentials."""
     potentials, _, plan = _solve(*_checked(C, a, b), eps, tol, max_iter)
     _warn([potentials], tol)
-    return torch.cat(list(plan()), dim=-2)
+    return plan()
 
 
 def entropic_ot(C, a=None, b=None, eps=0.01, tol=1e-5, max_iter=1000):
@@ -78,7 +78,7 @@ def entropic_ot(C, a=None, b=None, eps=0.01, tol=1e-5, max_iter=1000):
     cost, a, b, bounds = _checked(C, a, b)
     potentials, value, plan = _solve(cost, a, b, bounds, eps, tol, max_iter)
     _warn([potentials], tol)
-    P = torch.cat(list(plan()), dim=-2) if torch.is_grad_enabled() and C.requires_grad else None
+    P = plan() if torch.is_grad_enabled() and C.requires_grad else None
     return _Value.apply(value, (P, potentials.f, potentials.g), C, a, b).to(a.dtype)
 
 
@@ -133,7 +133,7 @@ def _plain(function):
 
 @_plain
 def _solve(cost, a, b, bounds, eps, tol, max_iter, same=False):
-    """(Potentials, value (...,) in float64, plan) on checked tensors; plan() yields blocks of rows of P.
+    """(Potentials, value (...,) in float64, plan) on checked tensors; plan() gives P, once, as it takes K.
 
     cost() yields blocks of rows of C, as high as _height says, with values within bounds. same: C is symmetric and a
     is b, so that f is g.
@@ -216,8 +216,7 @@ def _solve(cost, a, b, bounds, eps, tol, max_iter, same=False):
         f, g, n_iter = f + log_p, g + log_q, n_iter + sweeps
 
     def plan():
-        for rows, a_rows in zip(K.split(height, -2), a.mT.split(height, -2)):
-            yield (rows * a_rows * positive).to(dtype)
+        return K.mul_(a.mT).mul_(positive).to(dtype)
 
     # The value's term in the mean is zero at the optimum. With it, rounding in f and g moves the value in second order
     # only, which matters where a divergence is a small difference of large values.
@@ -284,7 +283,7 @@ def _solve_clouds(x, y, a, b, p, settings, same, of_x, of_y):
         bounds = min(float(rows.min()) for rows in C), max(float(rows.max()) for rows in C)
     potentials, value, plan = _solve(cost, a, b, bounds, *settings, same)
     grad_x, grad_y = (torch.zeros_like(z) if of_z else None for z, of_z in ((x, of_x), (y, of_y and not same)))
-    for n, P in enumerate(plan()) if of_x or of_y else ():
+    for n, P in enumerate(plan().split(height, -2)) if of_x or of_y else ():
         if p == 1:
             distance = block(blocks[n])
             P = torch.where(distance > 0, P / distance, 0)
