@@ -134,7 +134,7 @@ def test_ot_loss_at_small_eps_is_an_assignment(which):
             rows_t[i, j], rows_s[i, j] = S_t[i, column] - S_t.min(), S_s[i, column] - S_s.min()
     cost = cdist(rows_t, rows_s, "sqeuclidean") / 2
     exact = cost[linear_sum_assignment(cost)].mean()
-    settings = {"k": 7, "which": which, "eps": 1e-3, "tol": 1e-5, "max_iter": 10_000}
+    settings = {"k": 7, "which": which, "shift": True, "eps": 1e-3, "tol": 1e-5, "max_iter": 10_000}
     S = mtpkdot.similarity(z_t), mtpkdot.similarity(z_s)
     entropic = mtpkdot.ot_loss(*S, **settings, debias=False).item()
     assert -1e-6 <= entropic - exact <= 1e-3 * math.log(20) + 1e-6  # KL is at most the marginals' entropy
@@ -143,9 +143,11 @@ def test_ot_loss_at_small_eps_is_an_assignment(which):
     assert abs(mtpkdot.ot_loss(S[0], S[0], k=7, which=which, tol=1e-9).item()) < 1e-9
 
 
-def test_ot_loss_ignores_a_shift_of_either_matrix():
+def test_ot_loss_ignores_a_constant_in_either_matrix_when_it_shifts_and_only_then():
     S_t, S_s = mtpkdot.similarity(normal(1, 20, 6)), mtpkdot.similarity(normal(2, 20, 6))
-    assert abs(mtpkdot.ot_loss(S_t - 0.3, S_s + 0.2, k=7).item() - mtpkdot.ot_loss(S_t, S_s, k=7).item()) < 1e-9
+    for shift in (True, False):
+        moved, plain = (mtpkdot.ot_loss(S_t - c, S_s + c, k=7, shift=shift).item() for c in (0.2, 0))
+        assert (abs(moved - plain) < 1e-9) == shift
 
 
 def test_centroid_by_numpy_and_finite_gradient_at_zero():
@@ -179,6 +181,27 @@ def test_student_loss_gradient_by_finite_differences():
     assert torch.autograd.gradcheck(loss, (prediction, z_s))
 
 
+def relational(z_s, z_t):
+    """Park et al. (2019) by loops over pairs and triples."""
+
+    def huber(gap):
+        return np.where(np.abs(gap) < 1, gap**2 / 2, np.abs(gap) - 0.5)
+
+    pairs, triples = [], []
+    for z in (z_s.detach().numpy(), z_t.detach().numpy()):
+        n, d = len(z), cdist(z, z)
+        pairs.append(d / d[~np.eye(n, dtype=bool)].mean())
+        e = np.array([[(z[j] - z[i]) / d[i, j] if i != j else 0 * z[i] for j in range(n)] for i in range(n)])
+        triples.append(np.array([[[e[i, j] @ e[i, k] for k in range(n)] for j in range(n)] for i in range(n)]))
+    return huber(pairs[0] - pairs[1]).mean() + 2 * huber(triples[0] - triples[1]).mean()
+
+
+def test_relational_gradient_is_finite_where_clips_coincide():
+    z = normal(1, 6, 3)[[0, 0, 1, 2, 3, 4]].requires_grad_()
+    mtpkdot.relational(z, normal(2, 6, 3)).backward()
+    assert bool(z.grad.isfinite().all()) and float(z.grad.abs().max()) < 1e3
+
+
 def test_baselines_are_their_formulas():
     label, prediction, z_s, z_j = normal(1, 16, 2), normal(2, 16, 2), normal(3, 16, 5), normal(4, 16, 5)
     task = mtpkdot.task_loss(prediction, label).item()
@@ -186,9 +209,10 @@ def test_baselines_are_their_formulas():
     mse = ((z_s - z_j).numpy() ** 2).mean()
     cosine = np.diag(cdist(z_s.numpy(), z_j.numpy(), "cosine")).mean()
     losses = [
-        (mtpkdot.pkdot_loss(prediction, label, z_s, z_j, k=4), task + 0.6 * transport),
+        (mtpkdot.pkdot_loss(prediction, label, z_s, z_j, 0.6, k=4), task + 0.6 * transport),
         (mtpkdot.feature_loss(prediction, label, z_s, z_j, "mse", 0.7), task + 0.7 * mse),
         (mtpkdot.feature_loss(prediction, label, z_s, z_j, "cosine", 0.7), task + 0.7 * cosine),
+        (mtpkdot.feature_loss(prediction, label, z_s, z_j, "rkd", 0.7), task + 0.7 * relational(z_s, z_j)),
     ]
     for terms, want in losses:
         assert abs(terms["loss"].item() - want) < 1e-9

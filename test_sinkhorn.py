@@ -450,7 +450,8 @@ def test_kernels_too_large_to_keep_give_the_same(p, monkeypatch):
 def test_twenty_thousand_points_in_two_gigabytes():
     code = (
         "import torch; from sinkhorn import sinkhorn_divergence\n"
-        "def peak(): return int([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])\n"
+        "def peak():\n"
+        "    return int([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])\n"
         "before = peak()\n"
         "g = torch.Generator().manual_seed(0)\n"
         "x, y = (torch.rand(20_000, 30, generator=g) / 30**0.5 for _ in range(2))\n"

@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 import train
 from models import Encoder, Fusion, ResNet18, Student, TNet
 
 SMALL = ["--dim", "16", "--epochs", "2", "--device", "cpu"]
-METHODS = ["mtpkdot", "pkdot", "mse", "cosine", "task"]
+VARIANTS = ["mtpkdot-unaligned", "mtpkdot-no-centroid", "mtpkdot-joint", "mtpkdot-visual", "mtpkdot-privileged"]
+METHODS = ["mtpkdot", *VARIANTS, "pkdot", "mse", "cosine", "rkd", "task", "visual"]
 
 
 def run(capsys, *argv):
@@ -59,7 +61,8 @@ def results(folder):
 
 def test_results_have_the_promised_schema(digits_like):
     got = results(digits_like[1])
-    assert list(got) == ["dataset", "task", "metric", "seed", "arguments", "folds", "mean", "stderr"]
+    keys = ["dataset", "task", "metric", "seed", "arguments", "folds", "mean", "stderr", "less_task", "less_visual"]
+    assert list(got) == keys
     assert (got["dataset"], got["task"], got["metric"], got["seed"]) == ("features", "classification", "accuracy", 0)
     teachers = ["visual", "privileged", "joint", "joint_aligned", "adapted_visual", "adapted_privileged"]
     assert [report["fold"] for report in got["folds"]] == [0, 1, 2]
@@ -84,8 +87,10 @@ def test_history_has_a_row_a_stage_and_epoch(digits_like):
     assert all(np.isfinite(float(r["loss"])) and np.isfinite(float(r["score"])) for r in rows)
     mtpkdot = [r for r in rows if r["model"] == "mtpkdot"]
     for r in mtpkdot:
-        total = 0.8 * float(r["task"]) + 0.2 * float(r["ot"]) + 0.2 * float(r["centroid"])
+        w = train.WEIGHTS
+        total = sum(w[name] * float(r[name]) for name in ("task", "ot", "centroid"))
         assert abs(float(r["loss"]) - total) < 1e-5
+        assert all(float(r[f"{name}_gradient"]) > 0 for name in ("task", "ot", "centroid"))
 
 
 def test_scores_are_those_of_the_saved_students(digits_like):
@@ -109,7 +114,7 @@ def test_scores_are_those_of_the_saved_students(digits_like):
 def test_table_shows_every_row(digits_like, capsys):
     out = run(capsys, *arguments(digits_like, digits_like[1]), "--stage", "student", "--method", "task")
     assert all(label in out for label in train.LABELS.values())
-    assert all(f"student {m}" in out for m in METHODS) and "Teacher that mtpkdot picked" in out
+    assert all(out.count(f"\n{m}  ") == 2 for m in METHODS) and "Teacher that mtpkdot picked" in out
     assert f"{100 * results(digits_like[1])['mean']['joint']:.1f}" in out
 
 
@@ -141,7 +146,88 @@ def test_eval_needs_the_visual_view_only(digits_like, tmp_path, capsys):
     assert "validation rows of its own data" in out and (digits_like[1] / "results.json").read_bytes() == before
     scored = json.loads((digits_like[1] / "eval.json").read_text())
     for mine, theirs in zip(scored["folds"], results(digits_like[1])["folds"]):
-        assert mine["students"] == {m: s["best"] for m, s in theirs["students"].items()}
+        assert mine["students"] == {m: s["best"] for m, s in theirs["students"].items() if m != "visual"}
+
+
+def test_differences_are_paired_by_fold_and_by_seed_over_its_folds(digits_like, tmp_path, capsys):
+    def interval(gaps):  # scipy's own
+        t = stats.ttest_1samp(gaps, 0).confidence_interval(0.95)
+        return {"mean": np.mean(gaps), "low": t.low, "high": t.high}
+
+    whole = results(digits_like[1])
+    gaps = [r["students"]["mse"]["last"] - r["students"]["task"]["last"] for r in whole["folds"]]
+    assert whole["less_task"]["mse"]["last"] == pytest.approx(interval(gaps))
+    base = [*arguments(digits_like, tmp_path), "--method", "task"]
+    run(capsys, *base, "--seeds", 3)
+    run(capsys, *base[:-1], "visual", "--seeds", 3, "--stage", "student")
+    got = results(tmp_path)
+    alone = [results(tmp_path / f"seed{seed}") for seed in range(3)]
+    assert [(r["seed"], r["fold"]) for r in got["folds"]] == [(s, f) for s in range(3) for f in range(3)]
+    assert [{k: v for k, v in r.items() if k != "seed"} for r in got["folds"]] == sum((a["folds"] for a in alone), [])
+    means = [a["mean"]["students"] for a in alone]
+    assert got["stderr"]["joint"] == pytest.approx(stats.sem([a["mean"]["joint"] for a in alone]))
+    gaps = [m["task"]["best"] - m["visual"]["best"] for m in means]
+    assert got["less_visual"]["task"]["best"] == pytest.approx(interval(gaps), nan_ok=True)
+
+
+@pytest.mark.parametrize("kind", ["frozen", "finetune", "scratch"])
+def test_student_backbone(kind, digits_like, tmp_path, capsys):
+    base = [*arguments(digits_like, tmp_path), "--fold", 0, "--method"]
+    run(capsys, *base, "mtpkdot", "--student-backbone", kind)
+    run(capsys, *base, "visual", "--student-backbone", kind, "--stage", "student")
+    first, student, visual = (
+        torch.load(tmp_path / "fold0" / f"{name}.pt", weights_only=True)["weights"]
+        for name in ("teachers", "student_mtpkdot", "student_visual")
+    )
+    name = "layers.0.weight"
+    moved = (student[f"encoder.{name}"] - first["visual"][name]).abs().max().item()
+    assert moved == 0 if kind == "frozen" else (0 < moved < 0.02) == (kind == "finetune")
+    assert 0 < (visual[f"0.{name}"] - first["visual"][name]).abs().max() and (kind == "scratch") == bool(
+        (visual[f"0.{name}"] - first["visual"][name]).abs().max() > 0.02
+    )
+    assert all(torch.equal(student[f"tnet.{n}"], t) for n, t in first["tnet"].items())
+    assert all(torch.equal(student[f"encoder.{n}"], first["visual"][n]) for n in ("mean", "std"))
+
+
+def test_every_student_and_the_visual_network_get_the_same_updates(digits_like, tmp_path, capsys, monkeypatch):
+    steps = []
+    step = torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *a: steps.append(1) or step(self, *a))
+    counts = []
+    base = [*arguments(digits_like, tmp_path), "--fold", 0]
+    run(capsys, *base, "--stage", "teachers")
+    run(capsys, *base, "--stage", "align")
+    monkeypatch.setattr(sys.modules[__name__], "SMALL", ["--dim", "16", "--device", "cpu", "--updates", "7"])
+    for method in METHODS:
+        steps.clear()
+        run(capsys, *base, "--stage", "student", "--method", method, "--epochs-student", 3)
+        counts.append(len(steps))
+    assert counts == [7] * len(METHODS)  # an epoch is one batch of 80 rows
+
+
+def test_train_rows_are_drawn_from_the_training_part(digits_like, tmp_path, capsys):
+    base = [*arguments(digits_like, tmp_path), "--method", "task"]
+    run(capsys, *base, "--train-rows", 30)
+    data = np.load(digits_like[0])
+    for fold in range(3):
+        saved = torch.load(tmp_path / f"fold{fold}" / "student_task.pt", weights_only=True)
+        whole = torch.load(digits_like[1] / f"fold{fold}" / "student_task.pt", weights_only=True)
+        assert torch.equal(saved["val"], whole["val"])
+        mean = saved["weights"]["encoder.mean"].numpy()
+        assert not np.allclose(mean, whole["weights"]["encoder.mean"].numpy(), atol=1e-3)
+        # 30 rows that are not validated on have this mean: their sum is within the span of 30 such rows
+        outside = np.delete(data["visual"], saved["val"].numpy(), axis=0)
+        assert np.all(30 * mean <= np.sort(outside, axis=0)[-30:].sum(0)) and len(outside) == 80
+    assert "--train-rows: a fold has only 80" in run(capsys, *base, "--train-rows", 81)
+
+
+def test_preset_is_the_released_code_and_what_is_given_goes_first():
+    args = train.options(["--preset", "released", "--device", "cpu", "--w-ot", "3"])
+    got = (args.anchors, args.shift, args.student_backbone, args.w_task, args.w_centroid, args.eps, args.k, args.dim)
+    assert got == ("least", "min", "frozen", 0.8, 0.2, 0.01, 30, 512)
+    assert (args.lr_student, args.epochs_student, args.lr_pkdot, args.epochs_pkdot) == (5e-4, 10, 1e-4, 20)
+    assert (args.lr_adapter, args.lr_fusion, args.lr_tnet, args.epochs_align) == (5e-3, 1e-4, 5e-5, 10)
+    assert (args.w_align, args.w_head, args.w_pkdot_ot, args.w_ot, args.updates) == (0.5, 0.5, 0.6, 3, 0)
 
 
 def test_eval_on_other_data_scores_every_row_with_the_trained_classes(digits_like, tmp_path, capsys):
@@ -281,7 +367,7 @@ def test_as_a_script_it_is_quiet_off_a_terminal_and_exits_2(tmp_path):
     done = subprocess.run([sys.executable, script, "--out", "o", "--batch-size", "512", *SMALL],
                           cwd=tmp_path, env=env, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0 and "it/s" not in done.stderr, done.stderr
-    assert done.stdout.count("  epoch ") == 6 * 2 and "visual only" in done.stdout
+    assert done.stdout.count("  epoch ") == 6 * 2 and "joint teacher" in done.stdout
     done = subprocess.run([sys.executable, script, "--dim", "15"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 

@@ -7,7 +7,7 @@ Reading order:
     fit                 the one training loop: every network below goes through it
     teachers            stage 1: both backbones, the joint teacher, T-Net
     align               stage 2: adapters and heads, self-distilled with the joint teacher
-    student             stage 3: one student a method, on frozen embeddings
+    student             stage 3: one student a method, and what it is compared with
     evaluate            a saved student on visual input alone
     collect, show       from the saved stages to results.json, history.csv and the printed table
     main
@@ -34,7 +34,9 @@ import zlib
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
+from scipy import stats
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -56,16 +58,32 @@ from models import (
 )
 
 VIEWS = ("visual", "privileged")
-METHODS = ("mtpkdot", "pkdot", "mse", "cosine", "task")
+# What stage 3 trains: the method; what it is without one of its parts; other distillations; and two without any.
+VARIANTS = {
+    "mtpkdot-unaligned": "the teachers as stage 1 left them",
+    "mtpkdot-no-centroid": "without the centroid term",
+    "mtpkdot-joint": "the joint teacher only",
+    "mtpkdot-visual": "the adapted visual teacher only",
+    "mtpkdot-privileged": "the adapted privileged teacher only",
+}
+REFERENCES = ("task", "visual")  # what the others have to beat
+METHODS = ("mtpkdot", *VARIANTS, "pkdot", "mse", "cosine", "rkd", *REFERENCES)
 CHUNK = 4096  # rows of a forward pass where nothing is trained
 
-# Defaults of the options --epochs-NAME, --lr-NAME and --w-NAME. Source: released code, but for backbone, joint,
-# feature and the epochs of T-Net, which are ours.
-EPOCHS = {"backbone": 30, "joint": 20, "tnet": 30, "align": 10, "student": 10, "pkdot": 20}
-RATES = {"backbone": 1e-3, "joint": 1e-4, "tnet": 5e-5, "adapter": 5e-3, "fusion": 1e-4, "student": 5e-4, "pkdot": 1e-4}
-WEIGHTS = {"align": 0.5, "head": 0.5, "task": 0.8, "ot": 0.2, "centroid": 0.2, "pkdot-ot": 0.6, "feature": 1.0}
+# Defaults of the options --epochs-NAME, --lr-NAME and --w-NAME: those of the study in README, or the released code's.
+# None: 30 epochs for the backbones of raw data and 100 for those of vectors; pkdot's as the student's.
+EPOCHS = {"backbone": None, "joint": 20, "tnet": 30, "align": 10, "student": 10, "pkdot": None}
+RATES = {"backbone": 1e-3, "joint": 5e-4, "tnet": 5e-4, "adapter": 5e-4, "fusion": 1e-4, "student": 1e-3, "pkdot": None}
+WEIGHTS = {"align": 0.5, "head": 0.5, "task": 0.8, "ot": 4.0, "centroid": 0.02, "pkdot-ot": 5.0, "feature": 1.0}
+UPDATES = 200
+# --preset released. Source: released code, but for backbone, joint and the epochs of T-Net, which it leaves open.
+RELEASED = {
+    "dim": DIM, "updates": 0, "folds_by": "clip", "student_backbone": "frozen", "anchors": "least", "shift": "min",
+    "epochs_pkdot": 20, "lr_decay": "none", "lr_joint": 1e-4, "lr_tnet": 5e-5, "lr_adapter": 5e-3, "lr_pkdot": 1e-4,
+    "lr_student": 5e-4, "w_ot": 0.2, "w_centroid": 0.2, "w_pkdot_ot": 0.6,
+}  # fmt: skip
 LABELS = {
-    "visual": "visual only",
+    "visual": "visual only, stage 1",
     "privileged": "privileged only",
     "joint": "joint teacher",
     "joint_aligned": "joint teacher, aligned",
@@ -110,10 +128,14 @@ def options(argv=None):
     add("--fold", type=number(int, 0), metavar="I", help="run this fold only, counted from 0")
     add("--folds-by", default="person", choices=["person", "clip"], help="clip: the released code's, sharing people")
     add("--seed", type=number(int, 0), default=0)
+    add("--seeds", type=count, default=1, metavar="N", help="repeat everything with N seeds, from --seed on")
+    add("--train-rows", type=number(int, 2), metavar="N", help="train on N rows of each fold, drawn at random")
+    add("--preset", choices=["released"], help="the released code's settings; what is given besides goes first")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
     add("--batch-size", type=count, default=128, help="default 128")
-    add("--epochs", type=count, help="epochs of everything that trains, in the place of the --epochs-... below")
-    add("--dim", type=number(int, 2), default=DIM, help=f"embedding size, even (default {DIM})")
+    add("--updates", type=number(int, 0), default=UPDATES, help=f"least a network trains for (default {UPDATES})")
+    add("--epochs", type=count, help="of everything that trains, in the place of --updates and --epochs-... below")
+    add("--dim", type=number(int, 2), help=f"embedding size, even (default {DIM}; features and synthetic 64)")
     add("--width", type=count, help="of the first stage of both 18-layer networks (default 64; synthetic 4)")
     add("--visual-weights", type=Path, metavar="FILE", help="published r3d_18 weights to start from")
     add("--privileged-weights", type=Path, metavar="FILE", help="published resnet18 weights to start from")
@@ -127,16 +149,27 @@ def options(argv=None):
     add("--k", type=count, default=30, help="anchors a row (default 30)")
     add("--anchors", default="most", choices=["most", "least"], help="k most (default) or least similar clips")
     add("--eps", type=rate, default=0.01, help="entropy of the transport, in units of its cost (default 0.01)")
+    add("--shift", default="none", choices=["none", "min"], help="min: similarities less their own minimum before OT")
     add("--ot", default="debiased", choices=["debiased", "entropic"], help="form of the transport (default debiased)")
     add("--tnet-loss", default="mse", choices=["mse", "mmd"], help="default mse")
+    backbones = ["finetune", "frozen", "scratch"]
+    add(
+        "--student-backbone", default="finetune", choices=backbones, help="the visual one in stage 3 (default finetune)"
+    )
+    add("--lr-decay", default="linear", choices=["linear", "none"], help="of every rate, to zero (default linear)")
     for name, epochs in EPOCHS.items():
-        add(f"--epochs-{name}", type=count, default=epochs, metavar="N", help=f"default {epochs}")
+        add(f"--epochs-{name}", type=count, default=epochs, metavar="N", help=f"default {epochs or 'depends'}")
     for name, value in RATES.items():
-        add(f"--lr-{name}", type=rate, default=value, metavar="X", help=f"Adam's learning rate (default {value:g})")
+        add(f"--lr-{name}", type=rate, default=value, metavar="X", help=f"default {value or 'as student'}")
     for name, value in WEIGHTS.items():
         add(f"--w-{name}", type=weight, default=value, metavar="X", help=f"weight of a loss term (default {value})")
 
+    if parser.parse_known_args(argv)[0].preset:
+        parser.set_defaults(**RELEASED)
     args = parser.parse_args(argv)
+    raw = args.dataset in ("affwild2", "biovid")
+    args.dim = args.dim or (DIM if raw else 64)
+    args.epochs_backbone = args.epochs_backbone or (100 if args.dataset == "features" else 30)
     if args.dim % 2:
         fail(f"argument --dim: {args.dim} is odd, and two attention heads share it")
     if args.w_align > 1:
@@ -149,6 +182,8 @@ def options(argv=None):
     args.out = args.out or Path("runs") / args.dataset
     for name in EPOCHS:
         setattr(args, f"epochs_{name}", args.epochs or getattr(args, f"epochs_{name}"))
+    args.updates = 0 if args.epochs else args.updates
+    args.epochs_pkdot, args.lr_pkdot = args.epochs_pkdot or args.epochs_student, args.lr_pkdot or args.lr_student
     if args.data and args.dataset == "synthetic":
         fail("argument --data: the synthetic data is made in memory; name the --dataset of this path, features perhaps")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -158,6 +193,7 @@ def options(argv=None):
     if args.amp == "auto":  # bfloat16 is fast from compute capability 8 on
         args.amp = "on" if args.device == "cuda" and torch.cuda.get_device_capability() >= (8, 0) else "off"
     args.width = args.width or (4 if args.dataset == "synthetic" else 64)
+    args.log = args.seeds == 1 and args.method != "all"
     return args
 
 
@@ -317,24 +353,28 @@ def embed(args, network, view, rows, shared=False):
 # ---- the one training loop --------------------------------------------------------------------------
 
 
-def fit(args, where, network, rates, epochs, rows, loss_of, score_of, view=None):
+def fit(args, where, network, rates, epochs, rows, loss_of, score_of, view=None, shared=False):
     """Train `network` with Adam and keep its best epoch. Returns {"best", "last", "history"}, the first two scores.
 
     where      (fold, stage, model), for the log
     rates      list of (module, learning rate)
-    loss_of    rows of a batch (and this process's share of the view there) -> dict of scalar tensors, of which
-               "loss" is minimised
+    epochs     raised to what --updates asks for
+    loss_of    rows of a batch (and the view there) -> dict of scalar tensors, of which "loss" is minimised
     score_of   () -> score on the validation rows
+    shared     all processes are here, and loss_of gets this one's share of the view
     """
-    optimizer = torch.optim.Adam([{"params": list(module.parameters()), "lr": rate} for module, rate in rates])
+    groups = [{"params": list(module.parameters()), "lr": rate} for module, rate in rates]
+    optimizer = torch.optim.Adam(groups, fused=True)
     batches = max(1, min(math.ceil(len(rows) / args.batch_size), len(rows) // 2))  # of two clips at the least
-    best, history = None, []
+    epochs, best, history = max(epochs, math.ceil(args.updates / batches)), None, []
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0 if args.lr_decay == "linear" else 1, epochs * batches)
     for epoch in range(1, epochs + 1):
         network.train()
         sums = {}
         # Batches of nearly equal size: the similarities within a runt of two clips would mean nothing.
         order = rows[torch.randperm(len(rows)).to(rows.device)].tensor_split(batches)
-        steps = zip(order) if view is None else zip(order, inputs(args, view, [share(batch) for batch in order]))
+        parts = [share(batch) for batch in order] if shared else order
+        steps = zip(order) if view is None else zip(order, inputs(args, view, parts))
         hidden = processes()[0] > 0 or None  # None: where stderr is not a terminal
         for batch, *x in tqdm(steps, f"{where[2]} {epoch}/{epochs}", batches, leave=False, disable=hidden):
             try:
@@ -344,6 +384,7 @@ def fit(args, where, network, rates, epochs, rows, loss_of, score_of, view=None)
             optimizer.zero_grad(set_to_none=True)
             terms["loss"].backward()
             optimizer.step()
+            decay.step()
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0) + value.detach() * (len(batch) / len(rows))
         network.eval()
@@ -354,8 +395,9 @@ def fit(args, where, network, rates, epochs, rows, loss_of, score_of, view=None)
         if best is None or headline(value) > headline(best):
             best, weights = value, copy.deepcopy(network.state_dict())
         history.append(dict(zip(("fold", "stage", "model"), where), epoch=epoch, **terms, score=headline(value)))
-        line = f"loss {terms['loss']:.4f}  validation {headline(value):.4f}"
-        print(f"fold {where[0]}  {where[2]:<10}  epoch {epoch:>3}/{epochs}  {line}", flush=True)
+        if args.log or epoch == epochs:
+            line = f"loss {terms['loss']:.4f}  validation {headline(value):.4f}"
+            print(f"seed {args.seed}  fold {where[0]}  {where[2]:<19}  epoch {epoch:>3}/{epochs}  {line}", flush=True)
     network.load_state_dict(weights)
     return {"best": best, "last": value, "history": history}
 
@@ -387,7 +429,7 @@ def teachers(args, data, fold, train, val, key):
 
         fitted[view] = fit(
             args, (fold, "teachers", view), network, [(network, args.lr_backbone)], args.epochs_backbone, train,
-            loss_of, lambda: score(data, embed(args, network, source, val, shared=True), val), source,
+            loss_of, lambda: score(data, embed(args, network, source, val, shared=True), val), source, shared=True,
         )  # fmt: skip
         z[view] = embed(args, encoder, source, every_row(data), shared=True)
         weights[view], weights[f"{view}_head"] = encoder.state_dict(), head.state_dict()
@@ -486,69 +528,117 @@ def align(args, data, fold, train, val, key):
 # ---- stage 3: students ------------------------------------------------------------------------------
 
 
-def student(args, data, fold, train, val, key, method):
-    """Train one student's fusion on (z_v, T-Net(z_v)); backbone, T-Net and teachers stay as they are.
+def needs_alignment(method):
+    return method.startswith("mtpkdot") and method != "mtpkdot-unaligned"
 
-    mtpkdot follows, batch by batch, the best of the three aligned teachers; pkdot, mse and cosine follow the
-    joint teacher of stage 1; task follows nobody. All start from the same weights and see the same batches.
+
+def teachers_of(args, data, before, aligned, z_v, z_p):
+    """Embeddings (3, N, D) and predictions (3, N, K) of the teachers, in the order of mtpkdot.TEACHERS: those of
+    stage 2, or, where aligned is None, the networks of stage 1 without adapters."""
+    network = Teachers(args.dim, len(data.names))
+    if aligned is None:
+        network.adapters = nn.ModuleDict({view: nn.Identity() for view in VIEWS})
+        network.joint.load_state_dict(before["weights"]["joint"])
+        for view in VIEWS:
+            network.heads[view].load_state_dict(before["weights"][f"{view}_head"])
+    network = restored(network, network.state_dict() if aligned is None else aligned["weights"], args)
+    with torch.no_grad():
+        parts = [network(z_v[rows], z_p[rows]) for rows in every_row(data).split(CHUNK)]
+    return [torch.stack([torch.cat([part[name][i] for part in parts]) for name in mtpkdot.TEACHERS]) for i in (0, 1)]
+
+
+def student(args, data, fold, train, val, key, method):
+    """Train one student on visual input, or, for method visual, the visual network of stage 1 for as many updates.
+
+    mtpkdot follows, batch by batch, the best of the three aligned teachers; pkdot, mse, cosine and rkd follow the
+    joint teacher of stage 1; task follows nobody. All start from the same weights and see the same batches. The
+    backbone starts from stage 1 and trains along, stays as it is (frozen), or starts afresh (scratch); T-Net stays.
     """
     before = earlier(args, fold, "teachers", key)
-    weights, outputs = before["weights"], len(data.names)
+    weights, dim, source = before["weights"], args.dim, data.visual
+    frozen, scratch = (args.student_backbone == kind for kind in ("frozen", "scratch"))
     z_v, z_p = embeddings(args, data, fold, before)
-    tnet = restored(TNet(args.dim), weights["tnet"], args)
-    z_hat = over(every_row(data), lambda rows: tnet(z_v[rows]))
-    if method == "mtpkdot":
-        before = earlier(args, fold, "align", before["id"])
-        network = restored(Teachers(args.dim, outputs), before["weights"], args)
-        parts = [network(z_v[rows], z_p[rows]) for rows in every_row(data).split(CHUNK)]
-        z_teachers, predictions = (
-            torch.stack([torch.cat([part[name][i] for part in parts]) for name in mtpkdot.TEACHERS]) for i in (0, 1)
-        )
-    else:
-        joint = restored(Fusion(args.dim, outputs), weights["joint"], args)
-        z_j = over(every_row(data), lambda rows: joint(z_v[rows].unsqueeze(1), z_p[rows].unsqueeze(1))[0])
+    variant = method.removeprefix("mtpkdot-") if method in VARIANTS else None
+    aligned = None
+    if needs_alignment(method):
+        before = aligned = earlier(args, fold, "align", before["id"])
+    z_teachers, predictions = teachers_of(args, data, {"weights": weights}, aligned, z_v, z_p)
+    only = {"joint": 0, "visual": 1, "privileged": 2}.get(variant)
 
     seed_everything(args, fold, "student")
-    fusion = Fusion(args.dim, outputs).to(args.device)
+    network = Student(backbone(source, dim, args.width), TNet(dim), Fusion(dim, len(data.names))).to(args.device)
+    head = Head(dim, len(data.names)).to(args.device)
+    network.tnet.load_state_dict(weights["tnet"])
+    network.tnet.requires_grad_(False)
+    if not scratch:
+        network.encoder.load_state_dict(weights["visual"])
+        head.load_state_dict(weights["visual_head"])
+    elif args.visual_weights:
+        start_from(network.encoder, args.visual_weights)
+    elif not is_raw(source):
+        network.encoder.fit_standardisation(source[train])
+    if method == "visual":
+        frozen, trained = False, nn.ModuleList([network.encoder, head])
+    else:
+        trained = network.fusion if frozen else network
+
+    def predict(z):
+        """Student embedding and prediction."""
+        return (z, head(z)) if method == "visual" else network.from_embedding(z)
+
+    def score_of():
+        z = z_v[val] if frozen else embed(args, network.encoder, source, val)
+        return score(data, over(torch.arange(len(val)), lambda rows: predict(z[rows])[1]), val)
+
     picks = torch.zeros(len(mtpkdot.TEACHERS), dtype=torch.long, device=args.device)
-    transport = {"k": args.k, "which": args.anchors, "eps": args.eps, "debias": args.ot == "debiased"}
+    transport = {
+        "k": args.k, "which": args.anchors, "shift": args.shift == "min", "eps": args.eps,
+        "debias": args.ot == "debiased",
+    }  # fmt: skip
 
-    def forward(rows):
-        return fusion(z_v[rows].unsqueeze(1), z_hat[rows].unsqueeze(1))
-
-    def loss_of(rows):
-        (z_s, prediction), label = forward(rows), data.label[rows]
-        if method == "mtpkdot":
+    def loss_of(rows, x=None):
+        if x is not None and args.augment and x.dtype == torch.uint8:
+            x = augment(x, torch.rand(len(rows), 3))
+        label, z_j = data.label[rows], z_teachers[0][rows]
+        z_s, prediction = predict(z_v[rows] if frozen else forward(args, network.encoder, x))
+        if method.startswith("mtpkdot"):
             losses = torch.stack([mtpkdot.task_loss(p, label) for p in predictions[:, rows]])
-            chosen = mtpkdot.choose_teacher(losses).view(1)
+            chosen = mtpkdot.choose_teacher(losses).view(1) if only is None else picks.new_full((1,), only)
             picks.index_add_(0, chosen, torch.ones_like(chosen))
             z_t = z_teachers[:, rows].index_select(0, chosen)[0]
-            w = (args.w_task, args.w_ot, args.w_centroid)
-            return mtpkdot.student_loss(prediction, label, z_s, z_t, *w, **transport)
-        if method == "pkdot":
-            return mtpkdot.pkdot_loss(prediction, label, z_s, z_j[rows], args.w_pkdot_ot, **transport)
-        if method == "task":
-            return {"loss": mtpkdot.task_loss(prediction, label)}
-        return mtpkdot.feature_loss(prediction, label, z_s, z_j[rows], method, args.w_feature)
+            w = (args.w_task, args.w_ot, 0 if variant == "no-centroid" else args.w_centroid)
+            terms = mtpkdot.student_loss(prediction, label, z_s, z_t, *w, **transport)
+        elif method == "pkdot":
+            terms = mtpkdot.pkdot_loss(prediction, label, z_s, z_j, args.w_pkdot_ot, **transport)
+        elif method in ("task", "visual"):
+            task = mtpkdot.task_loss(prediction, label)
+            terms = {"loss": task, "task": task}
+        else:
+            terms = mtpkdot.feature_loss(prediction, label, z_s, z_j, method, args.w_feature)
+        pulls = {
+            f"{name}_gradient": torch.autograd.grad(term, z_s, retain_graph=True)[0].norm()
+            for name, term in terms.items() if name != "loss"
+        }  # fmt: skip
+        return terms | pulls
 
     pace = "pkdot" if method == "pkdot" else "student"
+    seed_everything(args, fold, "batches")
     fitted = fit(
-        args, (fold, "student", method), fusion, [(fusion, getattr(args, f"lr_{pace}"))],
-        getattr(args, f"epochs_{pace}"), train, loss_of, lambda: score(data, over(val, lambda r: forward(r)[1]), val),
+        args, (fold, "student", method), trained, [(trained, getattr(args, f"lr_{pace}"))],
+        getattr(args, f"epochs_{pace}"), train, loss_of, score_of, None if frozen else source,
     )  # fmt: skip
-    deployed = Student(restored(backbone(data.visual, args.dim, args.width), weights["visual"], args), tnet, fusion)
     write(stage_file(args, fold, f"student_{method}"), {
         "key": before["id"],
-        "weights": deployed.state_dict(),
+        "weights": (trained if method == "visual" else network).state_dict(),
         "scores": {"best": fitted["best"], "last": fitted["last"]},
         "history": fitted["history"],
         "picks": dict(zip(mtpkdot.TEACHERS, picks.tolist())),
-        "dim": args.dim,
+        "dim": dim,
         "width": args.width,
-        "input_shape": list(data.visual[0].shape),
+        "input_shape": list(source[0].shape),
         "task": data.task,
         "names": data.names,
-        "trained_on": digest(data.visual, data.label),
+        "trained_on": digest(source, data.label),
         "val": val.cpu(),
     })  # fmt: skip
 
@@ -592,13 +682,17 @@ def evaluate_run(args, data, methods):
         fail(f"{path} is damaged: run --stage student again")
     reports = []
     for fold in trained if args.fold is None else [args.fold]:
-        present = [method for method in methods if method in trained.get(fold, ())]
+        present = [method for method in methods if method in trained.get(fold, ()) and method != "visual"]
         if present:
             reports.append({"fold": fold, "students": {m: evaluate(args, data, fold, m) for m in present}})
     if not reports:
         fail(f"{path} lists no such student: run --stage student --method {args.method} first")
-    write(args.out / "eval.json", json.dumps({"folds": reports, **summary(reports)}, indent=2) + "\n")
-    show([{"fold": r["fold"], **{f"student {m}": s for m, s in r["students"].items()}} for r in reports])
+    results = {"folds": reports, **summary(reports, references=())}
+    write(args.out / "eval.json", json.dumps(results, indent=2) + "\n")
+    show([["student", "score ± s.e."]] + [
+        [method, plus_minus(score, results["stderr"]["students"][method])]
+        for method, score in results["mean"]["students"].items()
+    ])  # fmt: skip
     print(f"Scores: {unit(data)}, from visual input alone. Saved in {args.out}/eval.json.")
     show_skipped(args, data)
 
@@ -624,45 +718,71 @@ def collect(args, data, keys):
 
         first = find("teachers", key)
         second = find("align", first["id"])
-        students = {m: find(f"student_{m}", (second if m == "mtpkdot" else first)["id"])["scores"] for m in METHODS}
+        students = {m: find(f"student_{m}", (second if needs_alignment(m) else first)["id"]) for m in METHODS}
         if saved:
             report = {"fold": fold, **first["scores"], **second["scores"]}
-            report["students"] = {method: scores for method, scores in students.items() if scores}
-            report["teacher_picks"] = saved["student_mtpkdot"]["picks"] if "student_mtpkdot" in saved else {}
+            report["students"] = {method: file["scores"] for method, file in students.items() if file["scores"]}
+            report["teacher_picks"] = students["mtpkdot"].get("picks", {})
             reports.append(report)
-    results = {
-        "dataset": args.dataset,
-        "task": data.task,
-        "metric": "accuracy" if data.task == "classification" else "ccc",
-        "seed": args.seed,
-        "arguments": {name: value for name, value in vars(args).items() if name != "out"},
-        **({"skipped": len(data.skipped)} if args.skip_bad else {}),
-        "folds": reports,
-        **summary(reports),
-    }
-    write(args.out / "results.json", json.dumps(results, indent=2, default=str) + "\n")
     text = io.StringIO()
     writer = csv.DictWriter(text, dict.fromkeys(name for row in history for name in row), lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
     write(args.out / "history.csv", text.getvalue())
+    return write_results(args, data, reports)
+
+
+def write_results(args, data, reports):
+    results = {
+        "dataset": args.dataset,
+        "task": data.task,
+        "metric": "accuracy" if data.task == "classification" else "ccc",
+        "seed": args.seed,
+        "arguments": {name: value for name, value in vars(args).items() if name not in ("out", "log")},
+        **({"skipped": len(data.skipped)} if args.skip_bad else {}),
+        "folds": reports,
+        **summary(reports),
+    }
+    write(args.out / "results.json", json.dumps(results, indent=2, default=str) + "\n")
     return results
 
 
-def over_folds(reports, statistic):
-    """The nested dicts of the reports merged into one: of every number, its statistic over the folds that have it."""
-    merged = {}
-    for name in dict.fromkeys(key for report in reports for key in report if key != "fold"):
+def merged(reports, statistic):
+    """The nested dicts of the reports merged into one: of every number, its statistic over the reports that have it."""
+    result = {}
+    for name in dict.fromkeys(key for report in reports for key in report if key not in ("seed", "fold")):
         values = [report[name] for report in reports if name in report]
-        merged[name] = over_folds(values, statistic) if isinstance(values[0], dict) else statistic(values)
-    return merged
+        result[name] = merged(values, statistic) if isinstance(values[0], dict) else statistic(values)
+    return result
 
 
-def summary(reports):
+def summary(reports, references=REFERENCES):
+    """Mean and standard error over the folds, or, of several seeds, over the seeds' means over their folds; and of
+    each student the paired difference to the students task and visual, with its 95 % interval (Student's t)."""
+    seeds = {}
+    for report in reports:
+        seeds.setdefault(report.get("seed"), []).append(report)
+    units = [merged(folds, statistics.fmean) for folds in seeds.values()] if len(seeds) > 1 else reports
+
     def stderr(values):
         return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
-    return {"mean": over_folds(reports, statistics.fmean), "stderr": over_folds(reports, stderr)}
+    def paired(method, other):
+        """Per epoch kept, the interval of the difference; {} where it has none."""
+        pairs = [(u["students"][method], u["students"][other]) for u in units if {method, other} <= set(u["students"])]
+        result = {}
+        for epoch in ("best", "last") if len(pairs) > 1 else ():
+            gaps = [headline(mine[epoch]) - headline(theirs[epoch]) for mine, theirs in pairs]
+            mean, margin = statistics.fmean(gaps), stderr(gaps) * float(stats.t.ppf(0.975, len(gaps) - 1))
+            result[epoch] = {"mean": mean, "low": mean - margin, "high": mean + margin}
+        return result
+
+    students = dict.fromkeys(method for u in units for method in u["students"])
+    return {
+        "mean": merged(units, statistics.fmean),
+        "stderr": merged(units, stderr),
+        **{f"less_{other}": {m: paired(m, other) for m in students if m != other} for other in references},
+    }
 
 
 def unit(data):
@@ -676,28 +796,42 @@ def cell(value):
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def show(folds):
-    """Print a table from one dict {"fold": number, label: score, ...} a fold: a column each, mean, standard error."""
-    mean, stderr = summary(folds).values()
-    lines = [["", *(f"fold {fold['fold']}" for fold in folds), "mean", "s.e."]]
-    lines += [[label, *(cell(column.get(label)) for column in (*folds, mean, stderr))] for label in mean]
+def plus_minus(mean, stderr):
+    return f"{cell(mean)} ± {cell(stderr)}"
+
+
+def show(lines):
+    """Print rows of texts in columns."""
     widths = [max(map(len, column)) for column in zip(*lines)]
     print()
-    for label, *cells in lines:
-        print("  ".join([label.ljust(widths[0]), *(text.rjust(width) for text, width in zip(cells, widths[1:]))]))
+    for line in lines:
+        print("   ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
 
 
 def show_results(args, data, results):
-    folds = []
-    for report in results["folds"]:
-        fold = {"fold": report["fold"], **{label: report[key] for key, label in LABELS.items() if key in report}}
-        for method, scores in report["students"].items():
-            fold |= {f"student {method}": scores["best"], f"student {method}, last epoch": scores["last"]}
-        folds.append(fold)
-    show(folds)
-    print(f"Scores: {unit(data)} on validation rows; s.e.: standard error over the folds. Unless it says last epoch,")
-    print("the best epoch is shown, chosen on the very rows that are scored: the paper's protocol, and optimistic.")
-    picks = results["mean"].get("teacher_picks")
+    mean, stderr, repeats = results["mean"], results["stderr"], "seeds" if args.seeds > 1 else "folds"
+    rows = [[LABELS[name], plus_minus(mean[name], stderr[name])] for name in LABELS if name in mean]
+    show([["teachers, best epoch", "score ± s.e."], *rows])
+    scale = 100 if data.task == "classification" else 1
+
+    def interval(gap):
+        if gap is None:
+            return ""
+        mean, low, high = (f"{scale * gap[end]:+.{1 if scale == 100 else 3}f}" for end in ("mean", "low", "high"))
+        return f"{mean} [{low}, {high}]{' *' if gap['low'] > 0 or gap['high'] < 0 else ''}"
+
+    for epoch in ("best", "last") if mean["students"] else ():
+        lines = [[f"students, {epoch} epoch", "score ± s.e.", *(f"less {other}" for other in REFERENCES)]]
+        for method, scores in mean["students"].items():
+            gaps = [results[f"less_{other}"].get(method, {}).get(epoch) for other in REFERENCES]
+            score = plus_minus(scores[epoch], stderr["students"][method][epoch])
+            lines.append([method, score, *map(interval, gaps)])
+        show(lines)
+    print(f"""
+Scores: {unit(data)} on validation rows; s.e.: standard error over the {repeats}. The best epoch is chosen on
+the very rows that are scored, the paper's protocol, and optimistic; the last is not. less ...: paired differences
+over the {repeats} with their 95 % intervals, * where that excludes zero.""")
+    picks = mean.get("teacher_picks")
     if picks:
         shares = ", ".join(f"{name.replace('_', ' ')} {n / sum(picks.values()):.0%}" for name, n in picks.items())
         print(f"Teacher that mtpkdot picked, share of batches: {shares}.")
@@ -726,19 +860,11 @@ def run(args):
         data = data._replace(group=None)
     if data.task == "regression" and args.batch_size < 2:
         fail("argument --batch-size: the CCC of a single clip is always 0; use at least 2")
-    parts = folds(data, args.folds, args.seed) if args.stage != "eval" else []
     tensors = {name: t.to(args.device) for name, t in data._asdict().items() if isinstance(t, torch.Tensor)}
     data = data._replace(**tensors)
     if args.stage == "eval":
         return evaluate_run(args, data, methods)
 
-    if args.fold is not None and args.fold >= len(parts):
-        fail(f"argument --fold: the folds are 0 to {len(parts) - 1}")
-    parts = [tuple(torch.from_numpy(rows).to(args.device) for rows in part) for part in parts]
-    least = min(max(1, args.batch_size // 2), *(len(rows) for part in parts for rows in part))
-    if processes()[1] > least:
-        fail(f"{processes()[1]} processes cannot share {least} clips of a batch: start fewer, or raise --batch-size")
-    # What can fail for want of a folder or a file fails here, not after hours of training.
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out).close()
@@ -749,9 +875,34 @@ def run(args):
             if not is_raw(getattr(data, view)):
                 fail(f"argument --{view}-weights: they are for raw data, and this data set holds vectors")
             start_from(backbone(getattr(data, view), args.dim, args.width), published)
+    reports = []
+    for seed in range(args.seed, args.seed + args.seeds):
+        one = argparse.Namespace(
+            **{**vars(args), "seed": seed, "out": args.out / f"seed{seed}" if args.seeds > 1 else args.out}
+        )
+        results = run_seed(one, data, methods)
+        reports += [{"seed": seed, **report} for report in results["folds"]] if results else []
+    if processes()[0] == 0:
+        show_results(args, data, results if args.seeds == 1 else write_results(args, data, reports))
+
+
+def run_seed(args, data, methods):
+    """All folds with one seed; the results."""
+    parts = folds(data, args.folds, args.seed)
+    if args.fold is not None and args.fold >= len(parts):
+        fail(f"argument --fold: the folds are 0 to {len(parts) - 1}")
+    if args.train_rows:
+        if args.train_rows > min(len(train) for train, _ in parts):
+            fail(f"argument --train-rows: a fold has only {min(len(train) for train, _ in parts)}")
+        draw = np.random.default_rng(args.seed).permutation
+        parts = [(np.sort(draw(train)[: args.train_rows]), val) for train, val in parts]
+    parts = [tuple(torch.from_numpy(rows).to(args.device) for rows in part) for part in parts]
+    least = min(max(1, args.batch_size // 2), *(len(rows) for part in parts for rows in part))
+    if processes()[1] > least:
+        fail(f"{processes()[1]} processes cannot share {least} clips of a batch: start fewer, or raise --batch-size")
     # What each fold's stage 1 is made from, besides its hyper-parameters.
     content = f"{digest(data.visual, data.privileged, data.label)}-{args.seed}-{args.dim}-{args.width}"
-    keys = [f"{content}-{digest(train)}" for train, _ in parts]
+    keys, results = [f"{content}-{digest(train)}" for train, _ in parts], None
     for fold in range(len(parts)) if args.fold is None else [args.fold]:
         (train, val), key = parts[fold], keys[fold]
         if args.stage in ("all", "teachers"):
@@ -763,8 +914,7 @@ def run(args):
         for method in methods if args.stage in ("all", "student") else ():
             student(args, data, fold, train, val, key, method)
         results = collect(args, data, keys)
-    if processes()[0] == 0:
-        show_results(args, data, results)
+    return results
 
 
 def main(argv=None):
