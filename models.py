@@ -222,6 +222,17 @@ class TNet(nn.Sequential):
         widths = [dim, 4 * dim, 2 * dim, dim, dim // 2, dim, 2 * dim, 4 * dim, dim]
         super().__init__(*(nn.Linear(before, after) for before, after in zip(widths, widths[1:])))
 
+    @torch.no_grad()
+    def composed(self):
+        """The same map as one linear layer, for where T-Net is frozen: without activations its layers are one."""
+        one = nn.Linear(self[0].in_features, self[-1].out_features).to(self[0].weight)
+        weight, bias = torch.eye(one.in_features).to(one.weight), torch.zeros_like(one.bias)
+        for layer in self:
+            weight, bias = layer.weight @ weight, layer(bias)
+        one.weight.copy_(weight)
+        one.bias.copy_(bias)
+        return one.requires_grad_(False)
+
 
 class SelfAttention(nn.Module):
     """Post-norm transformer block, (B, T, D) -> (B, T, D): attention, then a ReLU layer as wide as the embedding."""

@@ -82,6 +82,15 @@ def test_linear_parts_have_no_activation():
         torch.testing.assert_close(net(x) + net(y), net(x + y) + net(torch.zeros(4, 16)), rtol=1e-4, atol=1e-5)
 
 
+def test_tnet_composed_is_tnet():
+    net = built(1, lambda: TNet(16)).double()
+    one = net.composed()
+    x = normal(1, 9, 16).double().requires_grad_()
+    torch.testing.assert_close(one(x), net(x), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(*(torch.autograd.grad(f(x).square().sum(), x)[0] for f in (one, net)))
+    assert not one.weight.requires_grad and net[0].weight.requires_grad
+
+
 def test_encoder_standardises_with_the_training_rows():
     x = normal(1, 50, 3, 2) * 7 + 4
     x[:, 0, 0] = 2.5

@@ -429,8 +429,8 @@ def test_plan_and_dual_value_agree_at_small_eps():
 
 
 @pytest.mark.parametrize("p", [1, 2])
-def test_kernels_too_large_to_keep_give_the_same(p, monkeypatch):
-    """geomloss issue 68: 25,000 points and more, in blocks."""
+def test_costs_too_large_to_keep_give_the_same(p, monkeypatch):
+    """geomloss issue 68: for 25,000 points and more the cost is made in blocks."""
     x, y, a, b = rand(1, 70, 4), rand(2, 90, 4) + 0.2, simplex(3, 70), simplex(4, 90)
 
     def results():

@@ -23,14 +23,17 @@ import copy
 import csv
 import gc
 import io
+import itertools
 import json
 import math
+import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import warnings
 import zlib
+from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -78,9 +81,9 @@ WEIGHTS = {"align": 0.5, "head": 0.5, "task": 0.8, "ot": 4.0, "centroid": 0.02, 
 UPDATES = 200
 # --preset released. Source: released code, but for backbone, joint and the epochs of T-Net, which it leaves open.
 RELEASED = {
-    "dim": DIM, "updates": 0, "folds_by": "clip", "student_backbone": "frozen", "anchors": "least", "shift": "min",
-    "epochs_pkdot": 20, "lr_decay": "none", "lr_joint": 1e-4, "lr_tnet": 5e-5, "lr_adapter": 5e-3, "lr_pkdot": 1e-4,
-    "lr_student": 5e-4, "w_ot": 0.2, "w_centroid": 0.2, "w_pkdot_ot": 0.6,
+    "folds_by": "clip", "dim": DIM, "updates": 0, "epochs_pkdot": 20, "lr_decay": "none",
+    "lr_joint": 1e-4, "lr_tnet": 5e-5, "lr_adapter": 5e-3, "lr_student": 5e-4, "lr_pkdot": 1e-4,
+    "student_backbone": "frozen", "anchors": "least", "shift": "min", "w_ot": 0.2, "w_centroid": 0.2, "w_pkdot_ot": 0.6,
 }  # fmt: skip
 LABELS = {
     "visual": "visual only, stage 1",
@@ -122,7 +125,7 @@ def options(argv=None):
     add("--dataset", default="synthetic", choices=["synthetic", "features", "affwild2", "biovid"])
     add("--data", help="path of the data set (default data/affwild2 or data/biovid)")
     add("--stage", default="all", choices=["all", "teachers", "align", "student", "eval"])
-    add("--method", default="mtpkdot", choices=[*METHODS, "all"], help="which student (default mtpkdot)")
+    add("--method", default="mtpkdot", metavar="M,M...", help=f"students: all, or of {', '.join(METHODS)}")
     add("--out", type=Path, help="folder of the run (default runs/DATASET)")
     add("--folds", type=number(int, 2), metavar="K", help="number of folds (default: the data's own split, else 5)")
     add("--fold", type=number(int, 0), metavar="I", help="run this fold only, counted from 0")
@@ -135,7 +138,7 @@ def options(argv=None):
     add("--batch-size", type=count, default=128, help="default 128")
     add("--updates", type=number(int, 0), default=UPDATES, help=f"least a network trains for (default {UPDATES})")
     add("--epochs", type=count, help="of everything that trains, in the place of --updates and --epochs-... below")
-    add("--dim", type=number(int, 2), help=f"embedding size, even (default {DIM}; features and synthetic 64)")
+    add("--dim", type=number(int, 2), help=f"embedding size, even (default {DIM}; features and synthetic 128)")
     add("--width", type=count, help="of the first stage of both 18-layer networks (default 64; synthetic 4)")
     add("--visual-weights", type=Path, metavar="FILE", help="published r3d_18 weights to start from")
     add("--privileged-weights", type=Path, metavar="FILE", help="published resnet18 weights to start from")
@@ -168,12 +171,15 @@ def options(argv=None):
         parser.set_defaults(**RELEASED)
     args = parser.parse_args(argv)
     raw = args.dataset in ("affwild2", "biovid")
-    args.dim = args.dim or (DIM if raw else 64)
+    args.dim = args.dim or (DIM if raw else 128)
     args.epochs_backbone = args.epochs_backbone or (100 if args.dataset == "features" else 30)
     if args.dim % 2:
         fail(f"argument --dim: {args.dim} is odd, and two attention heads share it")
     if args.w_align > 1:
         fail(f"argument --w-align: {args.w_align} is above 1")
+    args.methods = METHODS if args.method == "all" else args.method.split(",")
+    if not set(args.methods) <= set(METHODS):
+        fail(f"argument --method: {args.method} is not all, nor of {', '.join(METHODS)}")
     args.levels = args.levels.split(",")
     if not set(args.levels) <= set(BIOVID_LEVELS) or len(set(args.levels)) < max(2, len(args.levels)):
         fail(
@@ -193,7 +199,7 @@ def options(argv=None):
     if args.amp == "auto":  # bfloat16 is fast from compute capability 8 on
         args.amp = "on" if args.device == "cuda" and torch.cuda.get_device_capability() >= (8, 0) else "off"
     args.width = args.width or (4 if args.dataset == "synthetic" else 64)
-    args.log = args.seeds == 1 and args.method != "all"
+    args.many = args.seeds > 1
     return args
 
 
@@ -359,7 +365,8 @@ def fit(args, where, network, rates, epochs, rows, loss_of, score_of, view=None,
     where      (fold, stage, model), for the log
     rates      list of (module, learning rate)
     epochs     raised to what --updates asks for
-    loss_of    rows of a batch (and the view there) -> dict of scalar tensors, of which "loss" is minimised
+    loss_of    rows of a batch (and the view there) -> dict of scalar tensors, of which "loss" is minimised; and the
+               embedding on which the gradient of each other term is measured, in the first batch of an epoch, or None
     score_of   () -> score on the validation rows
     shared     all processes are here, and loss_of gets this one's share of the view
     """
@@ -370,17 +377,21 @@ def fit(args, where, network, rates, epochs, rows, loss_of, score_of, view=None,
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0 if args.lr_decay == "linear" else 1, epochs * batches)
     for epoch in range(1, epochs + 1):
         network.train()
-        sums = {}
+        sums, pulls = {}, {}
         # Batches of nearly equal size: the similarities within a runt of two clips would mean nothing.
         order = rows[torch.randperm(len(rows)).to(rows.device)].tensor_split(batches)
         parts = [share(batch) for batch in order] if shared else order
         steps = zip(order) if view is None else zip(order, inputs(args, view, parts))
-        hidden = processes()[0] > 0 or None  # None: where stderr is not a terminal
+        hidden = processes()[0] > 0 or args.many or None  # None: where stderr is not a terminal
         for batch, *x in tqdm(steps, f"{where[2]} {epoch}/{epochs}", batches, leave=False, disable=hidden):
             try:
-                terms = loss_of(batch, *x)
+                terms, z = loss_of(batch, *x)
             except ValueError as error:  # what Sinkhorn refuses, such as the embeddings of a diverged student
                 fail(f"fold {where[0]}, {where[2]}, epoch {epoch}: {error}")
+            if z is not None and not pulls:
+                for name in [name for name in terms if name != "loss"]:
+                    (gradient,) = torch.autograd.grad(terms[name], z, retain_graph=True)
+                    pulls[f"{name}_gradient"] = gradient.norm().item()
             optimizer.zero_grad(set_to_none=True)
             terms["loss"].backward()
             optimizer.step()
@@ -394,8 +405,9 @@ def fit(args, where, network, rates, epochs, rows, loss_of, score_of, view=None,
         value = score_of()
         if best is None or headline(value) > headline(best):
             best, weights = value, copy.deepcopy(network.state_dict())
-        history.append(dict(zip(("fold", "stage", "model"), where), epoch=epoch, **terms, score=headline(value)))
-        if args.log or epoch == epochs:
+        when = dict(zip(("fold", "stage", "model"), where), epoch=epoch)
+        history.append({**when, **terms, **pulls, "score": headline(value)})
+        if not args.many or epoch == epochs:
             line = f"loss {terms['loss']:.4f}  validation {headline(value):.4f}"
             print(f"seed {args.seed}  fold {where[0]}  {where[2]:<19}  epoch {epoch:>3}/{epochs}  {line}", flush=True)
     network.load_state_dict(weights)
@@ -425,7 +437,7 @@ def teachers(args, data, fold, train, val, key):
             if args.augment and x.dtype == torch.uint8:
                 x = augment(x, share(torch.rand(len(rows), 3)))
             prediction = whole(forward(args, trained, x), len(rows))
-            return {"loss": mtpkdot.task_loss(prediction, data.label[rows])}
+            return {"loss": mtpkdot.task_loss(prediction, data.label[rows])}, None
 
         fitted[view] = fit(
             args, (fold, "teachers", view), network, [(network, args.lr_backbone)], args.epochs_backbone, train,
@@ -445,7 +457,7 @@ def teachers(args, data, fold, train, val, key):
 
     fitted["joint"] = fit(
         args, (fold, "teachers", "joint"), joint, [(joint, args.lr_joint)], args.epochs_joint, train,
-        lambda rows: {"loss": mtpkdot.task_loss(predict(rows), data.label[rows])},
+        lambda rows: ({"loss": mtpkdot.task_loss(predict(rows), data.label[rows])}, None),
         lambda: score(data, over(val, predict), val),
     )  # fmt: skip
 
@@ -454,7 +466,7 @@ def teachers(args, data, fold, train, val, key):
     variance = z_p.var(0, correction=0).mean()
     fitted["tnet"] = fit(
         args, (fold, "teachers", "tnet"), tnet, [(tnet, args.lr_tnet)], args.epochs_tnet, train,
-        lambda rows: {"loss": mtpkdot.tnet_loss(tnet(z_v[rows]), z_p[rows], args.tnet_loss)},
+        lambda rows: ({"loss": mtpkdot.tnet_loss(tnet(z_v[rows]), z_p[rows], args.tnet_loss)}, None),
         # Scored by the share of the privileged embedding's variance that it explains.
         lambda: (1 - over(val, lambda rows: tnet(z_v[rows]) - z_p[rows]).square().mean() / variance).item(),
     )  # fmt: skip
@@ -507,7 +519,7 @@ def align(args, data, fold, train, val, key):
         out = network(z_v[rows], z_p[rows])
         distance = mtpkdot.alignment_loss(*(out[name][0] for name in ("adapted_visual", "adapted_privileged", "joint")))
         tasks = [mtpkdot.task_loss(out[name][1], data.label[rows]) for name in mtpkdot.TEACHERS]
-        return {"loss": mtpkdot.align_stage_loss(distance, *tasks, args.w_align, args.w_head), "align": distance}
+        return {"loss": mtpkdot.align_stage_loss(distance, *tasks, args.w_align, args.w_head), "align": distance}, None
 
     def score_of(name):
         return score(data, over(val, lambda rows: network(z_v[rows], z_p[rows])[name][1]), val)
@@ -568,8 +580,8 @@ def student(args, data, fold, train, val, key, method):
     seed_everything(args, fold, "student")
     network = Student(backbone(source, dim, args.width), TNet(dim), Fusion(dim, len(data.names))).to(args.device)
     head = Head(dim, len(data.names)).to(args.device)
-    network.tnet.load_state_dict(weights["tnet"])
-    network.tnet.requires_grad_(False)
+    tnet = restored(network.tnet, weights["tnet"], args)
+    network.tnet = tnet.composed()
     if not scratch:
         network.encoder.load_state_dict(weights["visual"])
         head.load_state_dict(weights["visual_head"])
@@ -615,11 +627,7 @@ def student(args, data, fold, train, val, key, method):
             terms = {"loss": task, "task": task}
         else:
             terms = mtpkdot.feature_loss(prediction, label, z_s, z_j, method, args.w_feature)
-        pulls = {
-            f"{name}_gradient": torch.autograd.grad(term, z_s, retain_graph=True)[0].norm()
-            for name, term in terms.items() if name != "loss"
-        }  # fmt: skip
-        return terms | pulls
+        return terms, z_s
 
     pace = "pkdot" if method == "pkdot" else "student"
     seed_everything(args, fold, "batches")
@@ -627,6 +635,7 @@ def student(args, data, fold, train, val, key, method):
         args, (fold, "student", method), trained, [(trained, getattr(args, f"lr_{pace}"))],
         getattr(args, f"epochs_{pace}"), train, loss_of, score_of, None if frozen else source,
     )  # fmt: skip
+    network.tnet = tnet
     write(stage_file(args, fold, f"student_{method}"), {
         "key": before["id"],
         "weights": (trained if method == "visual" else network).state_dict(),
@@ -666,12 +675,13 @@ def evaluate(args, data, fold, method):
     dim = saved["dim"]
     network = Student(backbone(data.visual, dim, saved["width"]), TNet(dim), Fusion(dim, len(names)))
     network = restored(network, saved["weights"], args)
+    network.tnet = network.tnet.composed()  # as it was trained
     print(f"fold {fold}  {method:<10}  {len(rows)} {kind}")
     z_v = embed(args, network.encoder, data.visual, rows)
     return score(data, over(torch.arange(len(rows)), lambda part: network.from_embedding(z_v[part])[1]), rows)
 
 
-def evaluate_run(args, data, methods):
+def evaluate_run(args, data):
     """Score the students that results.json lists, and write eval.json."""
     path = args.out / "results.json"
     if not path.exists():
@@ -682,7 +692,7 @@ def evaluate_run(args, data, methods):
         fail(f"{path} is damaged: run --stage student again")
     reports = []
     for fold in trained if args.fold is None else [args.fold]:
-        present = [method for method in methods if method in trained.get(fold, ()) and method != "visual"]
+        present = [method for method in args.methods if method in trained.get(fold, ()) and method != "visual"]
         if present:
             reports.append({"fold": fold, "students": {m: evaluate(args, data, fold, m) for m in present}})
     if not reports:
@@ -738,7 +748,7 @@ def write_results(args, data, reports):
         "task": data.task,
         "metric": "accuracy" if data.task == "classification" else "ccc",
         "seed": args.seed,
-        "arguments": {name: value for name, value in vars(args).items() if name not in ("out", "log")},
+        "arguments": {name: value for name, value in vars(args).items() if name not in ("out", "many", "methods")},
         **({"skipped": len(data.skipped)} if args.skip_bad else {}),
         "folds": reports,
         **summary(reports),
@@ -848,7 +858,6 @@ def show_skipped(args, data):
 
 
 def run(args):
-    methods = METHODS if args.method == "all" else (args.method,)
     data = load(
         args.dataset, args.data, args.seed, need_privileged=args.stage != "eval", stride=args.clip_stride,
         levels=args.levels, signal=args.signal, skip_bad=args.skip_bad, workers=args.workers,
@@ -863,7 +872,7 @@ def run(args):
     tensors = {name: t.to(args.device) for name, t in data._asdict().items() if isinstance(t, torch.Tensor)}
     data = data._replace(**tensors)
     if args.stage == "eval":
-        return evaluate_run(args, data, methods)
+        return evaluate_run(args, data)
 
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -875,18 +884,31 @@ def run(args):
             if not is_raw(getattr(data, view)):
                 fail(f"argument --{view}-weights: they are for raw data, and this data set holds vectors")
             start_from(backbone(getattr(data, view), args.dim, args.width), published)
-    reports = []
-    for seed in range(args.seed, args.seed + args.seeds):
-        one = argparse.Namespace(
-            **{**vars(args), "seed": seed, "out": args.out / f"seed{seed}" if args.seeds > 1 else args.out}
-        )
-        results = run_seed(one, data, methods)
-        reports += [{"seed": seed, **report} for report in results["folds"]] if results else []
-    if processes()[0] == 0:
-        show_results(args, data, results if args.seeds == 1 else write_results(args, data, reports))
+    seeds = range(args.seed, args.seed + args.seeds)
+    folders = [args.out / f"seed{seed}" if args.seeds > 1 else args.out for seed in seeds]
+    every = each_seed([argparse.Namespace(**{**vars(args), "seed": s, "out": f}) for s, f in zip(seeds, folders)], data)
+    if processes()[0] > 0:
+        return
+    reports = [{"seed": seed, **report} for seed, one in zip(seeds, every) for report in one["folds"]]
+    show_results(args, data, every[0] if args.seeds == 1 else write_results(args, data, reports))
 
 
-def run_seed(args, data, methods):
+def each_seed(runs, data):
+    """run_seed of each, on the CPU as many at a time as there are cores: networks this small need no more than one."""
+    jobs = min(len(runs), os.cpu_count() or 1) if runs[0].device == "cpu" and processes()[1] == 1 else 1
+    if jobs == 1:
+        return [run_seed(one, data) for one in runs]
+    settings = {"mp_context": multiprocessing.get_context("spawn"), "initializer": one_of_many}
+    with ProcessPoolExecutor(jobs, initargs=((os.cpu_count() or 1) // jobs,), **settings) as pool:
+        return list(pool.map(run_seed, runs, itertools.repeat(data)))
+
+
+def one_of_many(threads):
+    torch.set_num_threads(threads)
+    plain_warnings()
+
+
+def run_seed(args, data):
     """All folds with one seed; the results."""
     parts = folds(data, args.folds, args.seed)
     if args.fold is not None and args.fold >= len(parts):
@@ -911,16 +933,20 @@ def run_seed(args, data, methods):
             continue
         if args.stage in ("all", "align"):
             align(args, data, fold, train, val, key)
-        for method in methods if args.stage in ("all", "student") else ():
+        for method in args.methods if args.stage in ("all", "student") else ():
             student(args, data, fold, train, val, key, method)
         results = collect(args, data, keys)
     return results
 
 
-def main(argv=None):
-    args = options(argv)
+def plain_warnings():
     warnings.filterwarnings("once", category=RuntimeWarning)  # Sinkhorn's, when it has not converged
     warnings.formatwarning = lambda message, *_: f"train.py: {message}\n"  # one line, without its source
+
+
+def main(argv=None):
+    args = options(argv)
+    plain_warnings()
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and args.stage in ("all", "teachers")  # what torchrun sets
     if several:
         if args.device == "cuda":
