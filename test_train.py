@@ -168,6 +168,8 @@ def test_differences_are_paired_by_fold_and_by_seed_over_its_folds(digits_like, 
     assert got["stderr"]["joint"] == pytest.approx(stats.sem([a["mean"]["joint"] for a in alone]))
     gaps = [m["task"]["best"] - m["visual"]["best"] for m in means]
     assert got["less_visual"]["task"]["best"] == pytest.approx(interval(gaps), nan_ok=True)
+    assert f"--out {tmp_path}/seed0" in run(capsys, *base, "--stage", "eval")
+    assert "validation rows" in run(capsys, *arguments(digits_like, tmp_path / "seed0"), "--stage", "eval", *base[-2:])
 
 
 @pytest.mark.parametrize("kind", ["frozen", "finetune", "scratch"])

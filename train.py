@@ -687,9 +687,12 @@ def evaluate_run(args, data):
     if not path.exists():
         fail(f"{path} is missing: run --stage student first, with the same --out")
     try:
-        trained = {report["fold"]: list(report["students"]) for report in json.loads(path.read_text())["folds"]}
+        reports = json.loads(path.read_text())["folds"]
+        trained = {report["fold"]: list(report["students"]) for report in reports}
     except (ValueError, KeyError, TypeError):
         fail(f"{path} is damaged: run --stage student again")
+    if reports and "seed" in reports[0]:
+        fail(f"{path} is of several seeds: name the folder of one, --out {args.out}/seed{reports[0]['seed']}")
     reports = []
     for fold in trained if args.fold is None else [args.fold]:
         present = [method for method in args.methods if method in trained.get(fold, ()) and method != "visual"]
