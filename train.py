@@ -77,7 +77,7 @@ CHUNK = 4096  # rows of a forward pass where nothing is trained
 # None: 30 epochs for the backbones of raw data and 100 for those of vectors; pkdot's as the student's.
 EPOCHS = {"backbone": None, "joint": 20, "tnet": 30, "align": 10, "student": 10, "pkdot": None}
 RATES = {"backbone": 1e-3, "joint": 5e-4, "tnet": 5e-4, "adapter": 5e-4, "fusion": 1e-4, "student": 1e-3, "pkdot": None}
-WEIGHTS = {"align": 0.5, "head": 0.5, "task": 0.8, "ot": 4.0, "centroid": 0.02, "pkdot-ot": 5.0, "feature": 1.0}
+WEIGHTS = {"align": 0.5, "head": 0.5, "task": 0.8, "ot": 1.0, "centroid": 0.02, "pkdot-ot": 1.25, "feature": 1.0}
 UPDATES = 200
 # --preset released. Source: released code, but for backbone, joint and the epochs of T-Net, which it leaves open.
 RELEASED = {
