@@ -243,8 +243,11 @@ class _Value(torch.autograd.Function):
     def backward(ctx, grad):
         if torch.is_grad_enabled():  # only with create_graph=True
             raise RuntimeError("optimal transport cannot be differentiated twice: call backward without create_graph")
-        of_inputs = (g if g is None else grad[(...,) + (None,) * (g.dim() - grad.dim())] * g for g in ctx.saved_tensors)
-        return None, None, *of_inputs
+
+        def of_input(g):
+            return None if g is None else g * grad.to(g.dtype)[(...,) + (None,) * (g.dim() - grad.dim())]
+
+        return None, None, *map(of_input, ctx.saved_tensors)
 
 
 def _between(x, y, a, b, solved, p, eps, tol, max_iter, same=False):
