@@ -810,7 +810,8 @@ def cell(value):
 
 
 def plus_minus(mean, stderr):
-    return f"{cell(mean)} ± {cell(stderr)}"
+    error = cell(stderr)
+    return cell(mean) if "-" in error else f"{cell(mean)} ± {error}"  # a single fold has none
 
 
 def show(lines):
