@@ -62,13 +62,13 @@ from models import (
 
 VIEWS = ("visual", "privileged")
 # What stage 3 trains: the method; what it is without one of its parts; other distillations; and two without any.
-VARIANTS = {
-    "mtpkdot-unaligned": "the teachers as stage 1 left them",
-    "mtpkdot-no-centroid": "without the centroid term",
-    "mtpkdot-joint": "the joint teacher only",
-    "mtpkdot-visual": "the adapted visual teacher only",
-    "mtpkdot-privileged": "the adapted privileged teacher only",
-}
+VARIANTS = (
+    "mtpkdot-unaligned",  # the teachers as stage 1 left them
+    "mtpkdot-no-centroid",
+    "mtpkdot-joint",  # that teacher only, as in the two below
+    "mtpkdot-visual",
+    "mtpkdot-privileged",
+)
 REFERENCES = ("task", "visual")  # what the others have to beat
 METHODS = ("mtpkdot", *VARIANTS, "pkdot", "mse", "cosine", "rkd", *REFERENCES)
 CHUNK = 4096  # rows of a forward pass where nothing is trained
@@ -199,7 +199,6 @@ def options(argv=None):
     if args.amp == "auto":  # bfloat16 is fast from compute capability 8 on
         args.amp = "on" if args.device == "cuda" and torch.cuda.get_device_capability() >= (8, 0) else "off"
     args.width = args.width or (4 if args.dataset == "synthetic" else 64)
-    args.many = args.seeds > 1
     return args
 
 
@@ -382,7 +381,7 @@ def fit(args, where, network, rates, epochs, rows, loss_of, score_of, view=None,
         order = rows[torch.randperm(len(rows)).to(rows.device)].tensor_split(batches)
         parts = [share(batch) for batch in order] if shared else order
         steps = zip(order) if view is None else zip(order, inputs(args, view, parts))
-        hidden = processes()[0] > 0 or args.many or None  # None: where stderr is not a terminal
+        hidden = processes()[0] > 0 or args.seeds > 1 or None  # None: where stderr is not a terminal
         for batch, *x in tqdm(steps, f"{where[2]} {epoch}/{epochs}", batches, leave=False, disable=hidden):
             try:
                 terms, z = loss_of(batch, *x)
@@ -407,7 +406,7 @@ def fit(args, where, network, rates, epochs, rows, loss_of, score_of, view=None,
             best, weights = value, copy.deepcopy(network.state_dict())
         when = dict(zip(("fold", "stage", "model"), where), epoch=epoch)
         history.append({**when, **terms, **pulls, "score": headline(value)})
-        if not args.many or epoch == epochs:
+        if args.seeds == 1 or epoch == epochs:
             line = f"loss {terms['loss']:.4f}  validation {headline(value):.4f}"
             print(f"seed {args.seed}  fold {where[0]}  {where[2]:<19}  epoch {epoch:>3}/{epochs}  {line}", flush=True)
     network.load_state_dict(weights)
@@ -544,16 +543,15 @@ def needs_alignment(method):
     return method.startswith("mtpkdot") and method != "mtpkdot-unaligned"
 
 
-def teachers_of(args, data, before, aligned, z_v, z_p):
-    """Embeddings (3, N, D) and predictions (3, N, K) of the teachers, in the order of mtpkdot.TEACHERS: those of
-    stage 2, or, where aligned is None, the networks of stage 1 without adapters."""
+def teachers_of(args, data, first, aligned, z_v, z_p):
+    """Embeddings (3, N, D) and predictions (3, N, K) of the teachers, in the order of mtpkdot.TEACHERS, from the
+    weights of stage 2, or, where aligned is None, from those of stage 1, which has no adapters."""
     network = Teachers(args.dim, len(data.names))
     if aligned is None:
         network.adapters = nn.ModuleDict({view: nn.Identity() for view in VIEWS})
-        network.joint.load_state_dict(before["weights"]["joint"])
-        for view in VIEWS:
-            network.heads[view].load_state_dict(before["weights"][f"{view}_head"])
-    network = restored(network, network.state_dict() if aligned is None else aligned["weights"], args)
+        parts = {"joint": first["joint"], **{f"heads.{view}": first[f"{view}_head"] for view in VIEWS}}
+        aligned = {f"{part}.{name}": t for part, weights in parts.items() for name, t in weights.items()}
+    network = restored(network, aligned, args)
     with torch.no_grad():
         parts = [network(z_v[rows], z_p[rows]) for rows in every_row(data).split(CHUNK)]
     return [torch.stack([torch.cat([part[name][i] for part in parts]) for name in mtpkdot.TEACHERS]) for i in (0, 1)]
@@ -573,8 +571,9 @@ def student(args, data, fold, train, val, key, method):
     variant = method.removeprefix("mtpkdot-") if method in VARIANTS else None
     aligned = None
     if needs_alignment(method):
-        before = aligned = earlier(args, fold, "align", before["id"])
-    z_teachers, predictions = teachers_of(args, data, {"weights": weights}, aligned, z_v, z_p)
+        before = earlier(args, fold, "align", before["id"])
+        aligned = before["weights"]
+    z_teachers, predictions = teachers_of(args, data, weights, aligned, z_v, z_p)
     only = {"joint": 0, "visual": 1, "privileged": 2}.get(variant)
 
     seed_everything(args, fold, "student")
@@ -751,7 +750,7 @@ def write_results(args, data, reports):
         "task": data.task,
         "metric": "accuracy" if data.task == "classification" else "ccc",
         "seed": args.seed,
-        "arguments": {name: value for name, value in vars(args).items() if name not in ("out", "many", "methods")},
+        "arguments": {name: value for name, value in vars(args).items() if name not in ("out", "methods")},
         **({"skipped": len(data.skipped)} if args.skip_bad else {}),
         "folds": reports,
         **summary(reports),
@@ -878,6 +877,7 @@ def run(args):
     if args.stage == "eval":
         return evaluate_run(args, data)
 
+    # What can fail for want of a folder or a file fails here, not after hours of training.
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out).close()
