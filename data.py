@@ -18,6 +18,8 @@ import functools
 import hashlib
 import math
 import os
+import signal as signals
+import threading
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -48,7 +50,7 @@ class TwoView(NamedTuple):
 
     visual: torch.Tensor | Dataset
     privileged: torch.Tensor | Dataset | None  # None where only a student is scored
-    label: torch.Tensor  # (N,) int64 in 0 .. len(names) - 1, or (N, len(names)) float32
+    label: torch.Tensor | None  # (N,) int64 in 0 .. len(names) - 1, or (N, len(names)) float32; None where unknown
     names: list  # the class values as they stand in the file, or the names of the regressed columns
     group: np.ndarray | None  # (N,) int: the person of each clip; None where unknown
     split: np.ndarray | None  # (N,) bool: True for training, where the data set brings its own split
@@ -58,12 +60,17 @@ class TwoView(NamedTuple):
     def task(self):
         return "regression" if self.label.dtype.is_floating_point else "classification"
 
+    def clip_name(self, i):
+        """The name of clip i: its row, or, of raw video, VIDEO/FRAME (Aff-Wild2) or SUBJECT-LEVEL-NUMBER (BioVid)."""
+        return self.visual.name(i) if isinstance(self.visual, Frames) else str(i)
+
 
 def load(
     dataset,
     path=None,
     seed=0,
     need_privileged=True,
+    need_label=True,
     stride=1,
     levels=("BL1", "PA4"),
     signal="emg_corrugator",
@@ -72,38 +79,42 @@ def load(
 ):
     """The TwoView of a data set by name. path is its file or folder; seed makes the synthetic one.
 
+    Without need_privileged or need_label that part need not be there (BioVid's labels are in the names of its clips).
     skip_bad leaves out what is wrong with raw data, to which end every clip is read once, by `workers` processes.
     """
     skipped = [] if skip_bad else None
     if dataset == "synthetic":
         return synthetic(seed)
     if dataset == "affwild2":
-        return _readable(affwild2(path or "data/affwild2", need_privileged, stride, skipped), skipped, workers)
+        data = affwild2(path or "data/affwild2", need_privileged, stride, skipped, need_label)
+        return _readable(data, skipped, workers)
     if dataset == "biovid":
         return _readable(biovid(path or "data/biovid", need_privileged, levels, signal, skipped), skipped, workers)
     if path is None:
         raise DataError("--dataset features needs --data FILE.npz with visual, privileged and label")
-    return features(path, need_privileged)
+    return features(path, need_privileged, need_label)
 
 
 # ---- feature files ----------------------------------------------------------------------------------
 
 
-def features(path, need_privileged=True):
+def features(path, need_privileged=True, need_label=True):
     """Read a .npz file with
 
         visual      (N, ...) numbers             group  (N,), optional: the person of each row
         privileged  (N, ...) numbers             split  (N,), optional: "train" or "val"
         label       (N,) integers: classes, or (N, K) floats: K regressed values
 
-    need_privileged=False reads a file without `privileged`, and ignores it where it is there.
+    need_privileged=False reads a file without `privileged`, and ignores it where it is there; need_label=False reads
+    one without `label`, group and split.
     """
-    arrays = _read_npz(path, ["visual", "label"] + ["privileged"] * need_privileged, ["group", "split"])
+    needed = ["visual"] + ["label"] * need_label + ["privileged"] * need_privileged
+    arrays = _read_npz(path, needed, ["label", "group", "split"])
     rows = {key: len(a) if a.ndim else 0 for key, a in arrays.items()}
     if len(set(rows.values())) > 1 or rows["visual"] < 2:
         counts = ", ".join(f"{key} {n}" for key, n in rows.items())
         raise DataError(f"{path}: every key needs the same number of rows, at least 2, but they have {counts}")
-    label, names = _label(path, arrays["label"])
+    label, names = _label(path, arrays["label"]) if "label" in arrays else (None, [])
     group = _group(path, arrays["group"]) if "group" in arrays else None
     split = _split(path, arrays["split"]) if "split" in arrays else None
     if group is not None and split is not None and set(group[split]) & set(group[~split]):
@@ -126,7 +137,7 @@ def _read_npz(path, needed, optional):
     try:
         with np.load(path, allow_pickle=False) as archive:
             keys = sorted(archive.files)
-            arrays = {key: archive[key] for key in needed + optional if key in keys}
+            arrays = {key: archive[key] for key in dict.fromkeys((*needed, *optional)) if key in keys}
     except Exception as error:  # a damaged archive can raise anything; its reader needs the name
         reason = str(error).split("\n")[0] or type(error).__name__
         raise DataError(f"{path}: not a .npz file of plain arrays ({reason})") from None
@@ -229,16 +240,17 @@ def synthetic(seed=0, people=60, clips=24, size=32, frames=4):
 class Frames(Dataset):
     """Clips of face frames. [i] -> (3, T, size, size) uint8.
 
-    Clip i is the files folders[of[i]] / pattern.format(number) for the T numbers of frames[i]. Only numbers are
-    kept, so that memory does not grow with the videos.
+    Clip i is the files folders[of[i]] / pattern.format(number) for the T numbers of frames[i], and named by
+    naming.format(folder, last number). Only numbers are kept, so that memory does not grow with the videos.
     """
 
-    def __init__(self, folders, pattern, of, frames, size=112):
+    def __init__(self, folders, pattern, of, frames, naming="{}/{:05d}", size=112):
         try:
             import PIL  # noqa: F401
         except ImportError:
             raise DataError("reading JPEG files needs Pillow: pip install pillow") from None
-        self.folders, self.pattern, self.of, self.frames, self.size = folders, pattern, of, frames, size
+        self.folders, self.pattern, self.of, self.frames = folders, pattern, of, frames
+        self.naming, self.size = naming, size
 
     def __len__(self):
         return len(self.of)
@@ -248,11 +260,14 @@ class Frames(Dataset):
         images = [self._image(folder / self.pattern.format(number)) for number in self.frames[i]]
         return torch.from_numpy(np.stack(images, axis=1))
 
+    def name(self, i):
+        return self.naming.format(self.folders[self.of[i]].name, self.frames[i][-1])
+
     def key(self):
         return [np.array([folder.name for folder in self.folders]), self.of, self.frames]
 
     def only(self, rows):
-        return Frames(self.folders, self.pattern, self.of[rows], self.frames[rows], self.size)
+        return Frames(self.folders, self.pattern, self.of[rows], self.frames[rows], self.naming, self.size)
 
     def _image(self, path):
         from PIL import Image
@@ -289,7 +304,8 @@ class Sounds(Dataset):
             sound = (sound - (128 if kind == np.uint8 else 0)) / 2.0 ** (8 * kind.itemsize - 1)
         sound = np.pad(sound, (rate - len(sound), 0))
         common = math.gcd(rate, SAMPLE_RATE)
-        return log_mel(torch.from_numpy(resample_poly(sound, SAMPLE_RATE // common, rate // common)))
+        mel = log_mel(torch.from_numpy(resample_poly(sound, SAMPLE_RATE // common, rate // common)))
+        return _finite(mel, self.files[self.of[i]])
 
     def key(self):
         return [np.array([file.name for file in self.files]), self.of, self.end]
@@ -326,13 +342,19 @@ class Signals(Dataset):
             )
         values = values[2 * SIGNAL_RATE : 5 * SIGNAL_RATE]
         power = spectrogram(values, SIGNAL_RATE, nperseg=16, noverlap=4, nfft=128)[2]
-        return torch.from_numpy(power).float().unsqueeze(0)
+        return _finite(torch.from_numpy(power).float().unsqueeze(0), path)
 
     def key(self):
         return [np.array([file.name for file in self.files]), np.array(self.signal)]
 
     def only(self, rows):
         return Signals([self.files[row] for row in rows], self.signal)
+
+
+def _finite(values, path):
+    if not values.isfinite().all():
+        raise DataError(f"{path}: holds NaN, infinite or too large values")
+    return values
 
 
 def read_wav(path):
@@ -348,8 +370,8 @@ def read_wav(path):
         raise DataError(f"{path} is missing; make it with: ffmpeg -i {Path(path).stem}.mp4 -vn {path}") from None
     except Exception as error:  # a damaged file can raise anything; its reader needs the name
         raise DataError(f"{path}: not a readable wav file ({error})".replace("\n", " ")) from None
-    if len(samples) == 0 or rate < 1:
-        raise DataError(f"{path}: holds no sound")
+    if len(samples) == 0 or not 1_000 <= rate <= 400_000:
+        raise DataError(f"{path}: holds no sound, or none of 1 to 400 kHz ({len(samples)} samples at {rate} Hz)")
     return rate, samples
 
 
@@ -407,11 +429,25 @@ def stream(view, batches, workers=0, pin=False):
         yield from (view[rows] for rows in batches)
         return
     order = [rows.tolist() for rows in batches]
-    loader = DataLoader(view, batch_sampler=order, num_workers=workers, pin_memory=pin, generator=torch.Generator())
+    settings = {"num_workers": workers, "worker_init_fn": _leave_signals, "generator": torch.Generator()}
+    loader = DataLoader(view, batch_sampler=order, pin_memory=pin, **settings)
     try:
         yield from loader
     except DataError as error:  # a worker's comes wrapped in its stack trace; the last line is the message
         raise DataError(str(error).rstrip().split("\n")[-1].split("DataError: ")[-1]) from None
+
+
+def _leave_signals(worker):
+    """A reading process leaves Ctrl-C and SIGTERM to the process that it reads for, and obeys the SIGTERM of that only."""
+    signals.signal(signals.SIGINT, signals.SIG_IGN)
+    signals.pthread_sigmask(signals.SIG_BLOCK, {signals.SIGTERM})
+
+    def wait():
+        while signals.sigwaitinfo({signals.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 # ---- bad clips ----------------------------------------------------------------------------------------
@@ -447,7 +483,7 @@ def _readable(data, skipped, workers):
     if skipped is None:
         return data
     views = _Checked([data.visual] if data.privileged is None else [data.visual, data.privileged])
-    loader = DataLoader(views, 64, num_workers=workers, collate_fn=list)
+    loader = DataLoader(views, 64, num_workers=workers, collate_fn=list, worker_init_fn=_leave_signals)
     wrong = [message for batch in loader for message in batch]
     rows = np.flatnonzero([not message for message in wrong])
     if len(rows) == 0:
@@ -455,7 +491,7 @@ def _readable(data, skipped, workers):
     return TwoView(
         visual=data.visual.only(rows),
         privileged=data.privileged and data.privileged.only(rows),
-        label=data.label[rows],
+        label=None if data.label is None else data.label[rows],
         names=data.names,
         group=data.group[rows],
         split=None if data.split is None else data.split[rows],
@@ -466,7 +502,7 @@ def _readable(data, skipped, workers):
 # ---- Aff-Wild2 --------------------------------------------------------------------------------------
 
 
-def affwild2(root="data/affwild2", need_privileged=True, stride=1, skipped=None):
+def affwild2(root="data/affwild2", need_privileged=True, stride=1, skipped=None, need_label=True):
     """Aff-Wild2's valence-arousal challenge, in its own training and validation split. Below root:
 
         annotations/Train_Set/VIDEO.txt, annotations/Validation_Set/VIDEO.txt   valence,arousal a frame
@@ -479,40 +515,44 @@ def affwild2(root="data/affwild2", need_privileged=True, stride=1, skipped=None)
     Source: the lab's Aff-Wild2 code.
 
     skipped: None, where a mistake raises DataError; or a list, to which the message is appended for each clip that is
-    left out for it.
+    left out for it. Without need_label, there may be no annotations; every frame with a face is then a clip.
     """
-    root = Path(root)
-    wanted = ["annotations/Train_Set", "annotations/Validation_Set", "cropped_aligned"] + ["audio"] * need_privileged
+    root, parts = Path(root), ("Train_Set", "Validation_Set")
+    annotated = need_label or (root / "annotations").is_dir()
+    wanted = [f"annotations/{part}" for part in parts if annotated] + ["cropped_aligned"] + ["audio"] * need_privileged
     _check_root(root, wanted, "Aff-Wild2")
+    if annotated:
+        files = [(file, part) for part in parts for file in sorted((root / "annotations" / part).glob("*.txt"))]
+    else:
+        files = [(Path(f"{name}.txt"), "") for name in sorted(os.listdir(root / "cropped_aligned"))]
     folders, sounds, of, frames, ends, labels, split, empty = [], [], [], [], [], [], [], []
-    for part in ("Train_Set", "Validation_Set"):
-        for file in sorted((root / "annotations" / part).glob("*.txt")):
-            folder = root / "cropped_aligned" / file.stem
-            present = _frame_numbers(folder, prefix="")
-            try:
-                label = _valence_arousal(file, skipped)
-            except DataError as error:
-                _mistake(skipped, str(error), len(present[::stride]))
-                continue
-            present = present[(present >= 1) & (present <= len(label))]
-            usable = present[(label[present - 1] != -5).all(axis=1)][::stride]
-            if len(usable) == 0:
-                empty.append(file.stem)
-                continue
-            sound = root / "audio" / f"{file.stem.removesuffix('_left').removesuffix('_right')}.wav"
-            try:
-                if need_privileged:
-                    read_wav(sound)
-            except DataError as error:
-                _mistake(skipped, str(error), len(usable))
-                continue
-            of.append(np.full(len(usable), len(folders)))
-            folders.append(folder)
-            sounds.append(sound)
-            frames.append(_nearest(present, usable[:, None] - np.arange(28, -1, -4), usable))
-            ends.append(usable / len(label))
-            labels.append(label[usable - 1])
-            split.append(np.full(len(usable), part == "Train_Set"))
+    for file, part in files:
+        folder = root / "cropped_aligned" / file.stem
+        present = _frame_numbers(folder, prefix="")
+        try:
+            label = _valence_arousal(file, skipped) if annotated else np.broadcast_to(0.0, (max(present, default=0), 2))
+        except DataError as error:
+            _mistake(skipped, str(error), len(present[::stride]))
+            continue
+        present = present[(present >= 1) & (present <= len(label))]
+        usable = present[(label[present - 1] != -5).all(axis=1)][::stride]
+        if len(usable) == 0:
+            empty.append(file.stem)
+            continue
+        sound = root / "audio" / f"{file.stem.removesuffix('_left').removesuffix('_right')}.wav"
+        try:
+            if need_privileged:
+                read_wav(sound)
+        except DataError as error:
+            _mistake(skipped, str(error), len(usable))
+            continue
+        of.append(np.full(len(usable), len(folders)))
+        folders.append(folder)
+        sounds.append(sound)
+        frames.append(_nearest(present, usable[:, None] - np.arange(28, -1, -4), usable))
+        ends.append(usable / len(label))
+        labels.append(label[usable - 1])
+        split.append(np.full(len(usable), part == "Train_Set"))
     if empty:
         more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
         warnings.warn(
@@ -526,7 +566,7 @@ def affwild2(root="data/affwild2", need_privileged=True, stride=1, skipped=None)
     return TwoView(
         visual=Frames(folders, "{:05d}.jpg", of, np.concatenate(frames)),
         privileged=Sounds(sounds, of, np.concatenate(ends)) if need_privileged else None,
-        label=torch.from_numpy(np.concatenate(labels)).float(),
+        label=torch.from_numpy(np.concatenate(labels)).float() if annotated else None,
         names=["valence", "arousal"],
         group=np.unique([path.name for path in sounds], return_inverse=True)[1][of],  # both people of a video together
         split=np.concatenate(split),
@@ -571,7 +611,7 @@ def _frame_numbers(folder, prefix):
     """Sorted numbers of the JPEG files prefix00001.jpg ... in a folder; empty where there is no such folder."""
     names = os.listdir(folder) if folder.is_dir() else []
     numbers = (name[len(prefix) : -4] for name in names if name.startswith(prefix) and name.endswith(".jpg"))
-    return np.array(sorted(int(number) for number in numbers if number.isdecimal()), dtype=np.int64)
+    return np.array(sorted(int(number) for number in numbers if number.isdecimal() and len(number) < 10), np.int64)
 
 
 def _nearest(present, wanted, last):
@@ -618,7 +658,7 @@ def biovid(root="data/biovid", need_privileged=True, levels=("BL1", "PA4"), sign
     if absent:
         raise DataError(f"{root}/frames: no clip SUBJECT/SUBJECT-{absent[0]}-NUMBER in it")
     return TwoView(
-        visual=Frames(folders, "img_{:05d}.jpg", np.arange(len(folders)), np.array(frames, dtype=np.int32)),
+        visual=Frames(folders, "img_{:05d}.jpg", np.arange(len(folders)), np.array(frames, dtype=np.int32), "{}"),
         privileged=Signals(files, signal) if need_privileged else None,
         label=torch.tensor(labels),
         names=list(levels),

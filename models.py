@@ -9,6 +9,7 @@
     Fusion    two sequences of embeddings -> joint embedding and prediction
     Teachers  both embeddings -> the three teachers a student may follow
     Student   visual input -> prediction: all that is left at test time
+    load_student   a trained student, from what train.py saved
 
 B batch, T steps of a sequence, D = 512 embedding size, K outputs (classes or regressed values).
 Each docstring names its source: "released code" is what the authors' code does, "ours" our choice.
@@ -194,6 +195,16 @@ def load_published(network, published):
     network.load_state_dict(published, strict=False)
 
 
+def backbone(shape, dim=DIM, width=64):
+    """An untrained network that embeds inputs of this shape: vectors (F,), clips (3, T, H, W), spectrograms (1, H, W).
+
+    width: of the first stage of an 18-layer network. Source: released code, but for vectors (ours).
+    """
+    if len(shape) == 1:
+        return Encoder(shape[0], dim)
+    return R3D18(dim, width) if len(shape) == 4 else ResNet18(dim, width)
+
+
 # ---- parts of teachers and student --------------------------------------------------------------------
 
 
@@ -315,3 +326,16 @@ class Student(nn.Module):
 
     def from_embedding(self, z_v):
         return self.fusion(z_v.unsqueeze(1), self.tnet(z_v).unsqueeze(1))
+
+
+def load_student(saved):
+    """The trained student of a file of train.py's, torch.load(FILE, weights_only=True) -> Student, ready to use.
+
+    It takes input (B, *saved["input_shape"]) as the data set has it (vectors unstandardised, frames as bytes), and
+    gives z_s (B, D) and predictions (B, K): one of saved["names"] a column, logits of classes or the values themselves.
+    """
+    dim, outputs = saved["dim"], len(saved["names"])
+    network = Student(backbone(saved["input_shape"], dim, saved["width"]), TNet(dim), Fusion(dim, outputs))
+    network.load_state_dict(saved["weights"])
+    network.tnet = network.tnet.composed()  # as it was trained
+    return network.eval().requires_grad_(False)

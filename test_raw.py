@@ -219,22 +219,24 @@ def test_embeddings_are_kept_until_data_or_backbones_change(tmp_path, capsys, mo
     reads = []
     image = Frames._image
     monkeypatch.setattr(Frames, "_image", lambda self, path: reads.append(path) or image(self, path))
+    files = [out / f"fold0/embedding_{view}.pt" for view in ("visual", "privileged")]
     with pytest.warns(UserWarning, match="faceless"):
         run(capsys, *base, "--stage", "teachers")
-        kept = (out / "fold0/embeddings.pt").read_bytes()
+        kept = [file.read_bytes() for file in files]
         reads.clear()
         run(capsys, *base, "--stage", "align")
         assert len(reads) < 100  # a look at one clip here and there, to see its shape
-        (out / "fold0/embeddings.pt").unlink()
+        for file in files:
+            file.unlink()
         run(capsys, *base, "--stage", "align")  # without them: read again, the same again
-        assert len(reads) > 36 * 8 and (out / "fold0/embeddings.pt").read_bytes() == kept
+        assert len(reads) > 36 * 8 and [file.read_bytes() for file in files] == kept
         reads.clear()
         jpeg(root / "cropped_aligned/3_left/99999.jpg", 1)  # beyond the labels, but a change of the folder
         run(capsys, *base, "--stage", "align")
         assert len(reads) > 36 * 8
-        reads.clear()
+        (out / "run.json").unlink()
         run(capsys, *base, "--stage", "teachers", "--seed", 1)
-        assert (out / "fold0/embeddings.pt").read_bytes() != kept
+        assert all(file.read_bytes() != before for file, before in zip(files, kept))
 
 
 def test_augment_moves_all_frames_of_a_clip_alike():
@@ -542,7 +544,7 @@ def test_memory_stays_flat_however_many_videos(tmp_path):
             "own = [line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0];"
             "print(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
         )
-        argv = ["--dataset", "affwild2", "--data", root, "--out", tmp_path / "out", "--epochs", 1, "--dim", 16,
+        argv = ["--dataset", "affwild2", "--data", root, "--out", root / "out", "--epochs", 1, "--dim", 16,
                 "--width", 2, "--clip-stride", 20, "--batch-size", 16, "--workers", 1, "--device", "cpu"]  # fmt: skip
         done = subprocess.run([sys.executable, "-c", code, *map(str, argv)], capture_output=True, text=True,
                               cwd=Path(data_module.__file__).parent)  # fmt: skip

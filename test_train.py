@@ -133,8 +133,8 @@ def test_same_seed_same_results_and_stages_one_by_one(digits_like, tmp_path, cap
     again = (tmp_path / "again" / "results.json").read_text()
     run(capsys, *arguments(digits_like, tmp_path / "twice"), "--method", "all")
     assert again == (tmp_path / "twice" / "results.json").read_text()
-    run(capsys, *arguments(digits_like, tmp_path / "again"), "--seed", 1)
-    assert results(tmp_path / "again")["folds"] != whole["folds"]
+    run(capsys, *arguments(digits_like, tmp_path / "other"), "--seed", 1)
+    assert results(tmp_path / "other")["folds"] != whole["folds"]
 
 
 def test_eval_needs_the_visual_view_only(digits_like, tmp_path, capsys):
@@ -199,6 +199,7 @@ def test_every_student_and_the_visual_network_get_the_same_updates(digits_like, 
     base = [*arguments(digits_like, tmp_path), "--fold", 0]
     run(capsys, *base, "--stage", "teachers")
     run(capsys, *base, "--stage", "align")
+    (tmp_path / "run.json").unlink()  # to give these teachers students of other settings
     monkeypatch.setattr(sys.modules[__name__], "SMALL", ["--dim", "16", "--device", "cpu", "--updates", "7"])
     for method in METHODS:
         steps.clear()
@@ -305,20 +306,27 @@ def test_missing_or_foreign_stages_are_named(digits_like, tmp_path, capsys):
     assert "fold0/align.pt is missing: run --stage align first" in run(capsys, *base, "--stage", "student")
     assert "run --stage student --method mtpkdot first" in run(capsys, *base, "--stage", "eval")
     run(capsys, *base, "--stage", "student", "--method", "task")  # needs no alignment
+    note = tmp_path / "run.json"
+    note.unlink()
     assert "was made from other data" in run(capsys, *base, "--stage", "align", "--seed", 1)
+    note.unlink()
     run(capsys, *base, "--stage", "align")
+    note.unlink()
     run(capsys, *base, "--stage", "teachers", "--lr-backbone", 0.1)
+    note.unlink()
     assert "align.pt was made from other" in run(capsys, *base, "--stage", "student")
     assert results(tmp_path)["folds"][0]["students"] == {}  # the old one did not have these teachers
     run(capsys, *base)
     assert results(tmp_path)["folds"][0]["students"]
+    note.unlink()
     for stage in ("teachers", "align"):  # other T-Net, same aligned teachers
         run(capsys, *base, "--stage", stage, "--tnet-loss", "mmd")
     assert results(tmp_path)["folds"][0]["students"] == {}
+    note.unlink()
     (tmp_path / "fold0" / "teachers.pt").write_bytes(b"not a checkpoint")
-    assert "fold0/teachers.pt: cannot be read" in run(capsys, *base, "--stage", "align")
+    assert "fold0/teachers.pt: damaged, or not a file of" in run(capsys, *base, "--stage", "align")
     torch.save({"somebody": "else's"}, tmp_path / "fold0" / "teachers.pt")
-    assert "fold0/teachers.pt: cannot be read" in run(capsys, *base, "--stage", "align")
+    assert "fold0/teachers.pt: damaged, or not a file of" in run(capsys, *base, "--stage", "align")
     (tmp_path / "results.json").write_text("{")
     assert "results.json is damaged" in run(capsys, *base, "--stage", "eval")
 
@@ -337,8 +345,8 @@ def test_missing_or_foreign_stages_are_named(digits_like, tmp_path, capsys):
         (["--visual-weights", "r3d_18.pth"], "r3d_18.pth: no such file"),
         (["--levels", "BL1"], "--levels: BL1 is not two or more"),
         (["--batch-size", "1"], "--batch-size: the CCC of a single clip"),
-        (["--lr-student", "1e30"], "fold 0, mtpkdot, epoch 1: "),
-        (["--eps", "1e-40"], "fold 0, mtpkdot, epoch 1: eps = 1e-40 is too small"),
+        (["--lr-student", "1e30"], "seed 0, fold 0, stage student, mtpkdot, epoch 1, step "),
+        (["--eps", "1e-40"], "mtpkdot, epoch 1, step 1: eps = 1e-40 is too small"),
         (["--folds", "61"], "60 people, too few for 61 folds"),
         (["--folds", "1"], "--folds: 1 is not at least 2"),
         (["--batch-size", "0"], "--batch-size: 0 is not at least 1"),
@@ -348,7 +356,10 @@ def test_missing_or_foreign_stages_are_named(digits_like, tmp_path, capsys):
         (["--w-ot", "-1"], "--w-ot: -1 is not at least 0"),
         (["--w-align", "2"], "--w-align: 2.0 is above 1"),
         (["--bogus"], "unrecognized arguments: --bogus"),
-        (["--lr-backbone", "1e30"], "the loss is not finite"),
+        (
+            ["--lr-backbone", "1e30"],
+            "seed 0, fold 0, stage teachers, visual, epoch 1, step 2: loss is nan; what was saved stays",
+        ),
         (["--out", "/proc/nowhere"], "cannot be written"),
     ],
 )

@@ -9,12 +9,13 @@ Reading order:
     align               stage 2: adapters and heads, self-distilled with the joint teacher
     student             stage 3: one student a method, and what it is compared with
     evaluate            a saved student on visual input alone
-    collect, show       from the saved stages to results.json, history.csv and the printed table
+    collect, show, draw from the saved stages to results.json, history.csv, the printed table and the pictures
     main
 
 Each stage saves a file a fold to --out, with weights, scores and history, and starts from the files of the
 stages before it. results.json and history.csv are only ever computed from these files. Every file carries a
-key of what it was made from, so that a student is never reported beside teachers it did not have.
+key of what it was made from, so that a student is never reported beside teachers it did not have. What is
+unfinished is saved after each epoch, and where a signal asks the run to stop; --resume goes on from there.
 """
 
 import argparse
@@ -22,18 +23,22 @@ import contextlib
 import copy
 import csv
 import gc
+import hashlib
 import io
 import itertools
 import json
 import math
 import multiprocessing
 import os
+import shlex
+import signal
 import statistics
 import sys
 import tempfile
 import warnings
 import zlib
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
 from pathlib import Path
 
@@ -48,15 +53,14 @@ import mtpkdot
 from data import BIOVID_LEVELS, BIOVID_SIGNALS, DataError, augment, digest, folds, load, stamp, stream
 from models import (
     DIM,
-    R3D18,
-    Encoder,
     Fusion,
     Head,
-    ResNet18,
     Student,
     Teachers,
     TNet,
+    backbone,
     load_published,
+    load_student,
     synchronise_batch_norm,
 )
 
@@ -71,7 +75,11 @@ VARIANTS = (
 )
 REFERENCES = ("task", "visual")  # what the others have to beat
 METHODS = ("mtpkdot", *VARIANTS, "pkdot", "mse", "cosine", "rkd", *REFERENCES)
+SHOWN = 240  # clips in similarity.png
 CHUNK = 4096  # rows of a forward pass where nothing is trained
+FORMAT = 1  # of the saved files
+PASSING = ("out", "methods", "resume", "student", "predictions")  # arguments of a command, not of a run
+FREE = ("stage", "method", "fold", "workers", "data")  # a run's arguments that its later commands may change
 
 # Defaults of the options --epochs-NAME, --lr-NAME and --w-NAME: those of the study in README, or the released code's.
 # None: 30 epochs for the backbones of raw data and 100 for those of vectors; pkdot's as the student's.
@@ -122,11 +130,14 @@ def options(argv=None):
     parser = argparse.ArgumentParser(description="Train MT-PKDOT in three stages, or score a trained student.")
     parser.error = fail
     add = parser.add_argument
-    add("--dataset", default="synthetic", choices=["synthetic", "features", "affwild2", "biovid"])
+    add("--dataset", choices=["synthetic", "features", "affwild2", "biovid"], help="default synthetic")
     add("--data", help="path of the data set (default data/affwild2 or data/biovid)")
     add("--stage", default="all", choices=["all", "teachers", "align", "student", "eval"])
     add("--method", default="mtpkdot", metavar="M,M...", help=f"students: all, or of {', '.join(METHODS)}")
     add("--out", type=Path, help="folder of the run (default runs/DATASET)")
+    add("--resume", action="store_true", help="go on with the run in that folder where it was stopped")
+    add("--student", type=Path, metavar="FILE", help="eval: this saved student, on any data")
+    add("--predictions", type=Path, metavar="FILE.csv", help="eval of --student: write what it predicts for each clip")
     add("--folds", type=number(int, 2), metavar="K", help="number of folds (default: the data's own split, else 5)")
     add("--fold", type=number(int, 0), metavar="I", help="run this fold only, counted from 0")
     add("--folds-by", default="person", choices=["person", "clip"], help="clip: the released code's, sharing people")
@@ -170,6 +181,10 @@ def options(argv=None):
     if parser.parse_known_args(argv)[0].preset:
         parser.set_defaults(**RELEASED)
     args = parser.parse_args(argv)
+    if (args.student or args.predictions) and (args.stage != "eval" or not args.student):
+        fail("arguments --student, --predictions: they are for --stage eval --student FILE")
+    saved = read_student(args.student) if args.student else {"dataset": "synthetic"}
+    args.dataset = args.dataset or saved["dataset"]
     raw = args.dataset in ("affwild2", "biovid")
     args.dim = args.dim or (DIM if raw else 128)
     args.epochs_backbone = args.epochs_backbone or (100 if args.dataset == "features" else 30)
@@ -180,7 +195,7 @@ def options(argv=None):
     args.methods = METHODS if args.method == "all" else args.method.split(",")
     if not set(args.methods) <= set(METHODS):
         fail(f"argument --method: {args.method} is not all, nor of {', '.join(METHODS)}")
-    args.levels = args.levels.split(",")
+    args.levels = saved["names"] if saved["dataset"] == "biovid" else args.levels.split(",")
     if not set(args.levels) <= set(BIOVID_LEVELS) or len(set(args.levels)) < max(2, len(args.levels)):
         fail(
             f"argument --levels: {','.join(args.levels)} is not two or more different ones of {','.join(BIOVID_LEVELS)}"
@@ -202,38 +217,73 @@ def options(argv=None):
     return args
 
 
-# ---- files and scores -------------------------------------------------------------------------------
+# ---- files -----------------------------------------------------------------------------------------
 
 
 def seed_everything(args, *where):
-    """The randomness of a part of the run depends on --seed and on which part it is, not on what ran before."""
+    """The randomness of a part of the run depends on --seed and on which part it is, not on what ran before.
+
+    All that is random draws from torch's generator, in this process: those that read raw data draw nothing.
+    """
     torch.manual_seed(zlib.crc32(repr((args.seed, *where)).encode()))
 
 
 def write(path, payload):
-    """Text, or a dict for torch.save, by way of a temporary file: a killed run leaves no half file."""
-    temporary = path.with_suffix(".tmp")
+    """Text, bytes, or a dict for torch.save, by way of a temporary file: a killed run leaves no half file."""
+    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(payload, str):
-            temporary.write_text(payload)
-        else:
-            torch.save(payload, temporary)
+        with open(temporary, "wb") as file:
+            if isinstance(payload, dict):
+                torch.save({**payload, "format": FORMAT, "digest": fingerprint(payload)}, file)
+            else:
+                file.write(payload.encode() if isinstance(payload, str) else payload)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        fail(f"{path}: cannot be written ({error})")
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        fail(f"{path}: cannot be written ({reason}); what was saved before is whole")
+
+
+def read(path):
+    """A file of torch.save, as it was written: what is damaged, foreign or changed since is refused."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        version, digest_then = saved.pop("format"), saved.pop("digest")
+        if version == FORMAT and digest_then != fingerprint(saved):
+            raise ValueError("changed")
+    except FileNotFoundError:
+        fail(f"{path}: no such file")
+    except Exception as error:  # a damaged or foreign file can raise anything; its reader needs the name
+        fail(f"{path}: damaged, or not a file of train.py's ({type(error).__name__}); remove it and make it again")
+    if version != FORMAT:
+        fail(f"{path}: of format {version}, and this train.py reads {FORMAT}; remove it and make it again")
+    return saved
+
+
+def fingerprint(value, sha=None):
+    """A digest of nested dicts and lists of tensors and plain values."""
+    sha = sha or hashlib.sha256()
+    if isinstance(value, torch.Tensor):
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError("a tensor larger than its file")
+        sha.update(digest(value).encode())
+    elif isinstance(value, dict):
+        for name in value:
+            sha.update(repr(name).encode())
+            fingerprint(value[name], sha)
+    elif isinstance(value, (list, tuple)):
+        sha.update(f"{len(value)} of".encode())
+        for part in value:
+            fingerprint(part, sha)
+    else:
+        sha.update(repr(value).encode())
+    return sha.hexdigest()[:16]
 
 
 def stage_file(args, fold, name):
     return args.out / f"fold{fold}" / f"{name}.pt"
-
-
-def read(path):
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return {"key": saved["key"], **saved}
-    except Exception as error:  # a damaged or foreign file can raise anything; its reader needs the name
-        fail(f"{path}: cannot be read, run that stage again ({type(error).__name__})")
 
 
 def earlier(args, fold, stage, key):
@@ -245,6 +295,77 @@ def earlier(args, fold, stage, key):
     if saved["key"] != key:
         fail(f"{path} was made from other data, --folds, --seed, --dim or teachers: run --stage {stage} again")
     return saved
+
+
+def finish(args, fold, name, saved):
+    """Write the file of a stage, which makes those of its unfinished parts needless."""
+    path = stage_file(args, fold, name)
+    write(path, {**saved, "arguments": described(args)})
+    for unfinished in path.parent.glob(f"unfinished_{name}[_.]*"):
+        unfinished.unlink(missing_ok=True)
+
+
+def finished(args, fold, name, key):
+    """Whether a resumed run has the file of this stage already."""
+    path = stage_file(args, fold, name)
+    if not (args.resume and path.exists() and read(path)["key"] == key):
+        return False
+    if processes()[0] == 0:
+        print(f"seed {args.seed}  fold {fold}  {name:<19}  done before", flush=True)
+    return True
+
+
+def described(args):
+    """The arguments of a run as plain values."""
+    plain = {name: value for name, value in vars(args).items() if name not in PASSING}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
+
+
+def claim(args, data):
+    """Refuse a folder that holds files of a run of other arguments or data; else note those of this one in run.json."""
+    mine = {name: value for name, value in described(args).items() if name not in FREE}
+    mine["data"] = digest(data.visual, data.privileged, data.label)
+    path = args.out / "run.json"
+    if not path.exists() or not any(args.out.rglob("*.pt")):
+        return write(path, json.dumps(mine, indent=2) + "\n")
+    try:
+        theirs = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        fail(f"{path}: damaged; remove it if the folder holds a run of the same arguments")
+    differ = [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
+    if differ:
+        changes = (f"--{name.replace('_', '-')} ({theirs.get(name)}, now {mine.get(name)})" for name in differ)
+        fail(f"argument --out: {args.out} holds a run of other arguments: {', '.join(changes)}; name another folder")
+
+
+# ---- signals ----------------------------------------------------------------------------------------
+
+SIGNALS = []  # Ctrl-C and SIGTERM, as they come: the run stops after the step that it is in
+
+
+def note_signals(insist=True):
+    """From here on signals are noted; one that comes again ends the process at once, which damages no file, or is
+    noted again (not insist). Returns what was done with them before."""
+
+    def note(number, frame):
+        if insist and number in SIGNALS:
+            os._exit(128 + number)
+        SIGNALS.append(number)
+
+    return {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+
+def stop_if_asked(args, shared=False):
+    """Raise KeyboardInterrupt where a signal has come to this process, or, if shared, to any of all."""
+    asked = len(SIGNALS)
+    if shared and processes()[1] > 1:
+        asked = torch.tensor(asked, device=args.device)
+        distributed.all_reduce(asked)
+    if asked:
+        raise KeyboardInterrupt
+
+
+# ---- scores -----------------------------------------------------------------------------------------
 
 
 def score(data, prediction, rows):
@@ -264,10 +385,6 @@ def headline(value):
 def over(rows, function):
     """function(rows), a chunk of rows at a time."""
     return torch.cat([function(part) for part in rows.split(CHUNK)])
-
-
-def every_row(data):
-    return torch.arange(len(data.label), device=data.label.device)
 
 
 # ---- backbones, in one process or in several ---------------------------------------------------------
@@ -316,13 +433,6 @@ def is_raw(view):
     return view[0].dim() > 1
 
 
-def backbone(view, dim, width):
-    """An untrained network that embeds the view's input: vectors, clips of frames, or spectrograms."""
-    if not is_raw(view):
-        return Encoder(len(view[0]), dim)
-    return R3D18(dim, width) if view[0].dim() == 4 else ResNet18(dim, width)
-
-
 def start_from(network, path):
     try:
         load_published(network, torch.load(path, map_location="cpu", weights_only=True))
@@ -350,67 +460,123 @@ def inputs(args, view, batches):
 def embed(args, network, view, rows, shared=False):
     """network(view[rows]), a chunk of rows at a time; shared: all processes are here, and each does its part."""
     part = share(rows) if shared else rows
-    chunks = inputs(args, view, part.split(args.batch_size if is_raw(view) else CHUNK))
-    z = torch.cat([forward(args, network, x) for x in chunks])
+    z = []
+    for x in inputs(args, view, part.split(args.batch_size if is_raw(view) else CHUNK)):
+        z.append(forward(args, network, x))
+        stop_if_asked(args)
+    z = torch.cat(z)
     return whole(z, len(rows)) if shared else z
 
 
 # ---- the one training loop --------------------------------------------------------------------------
 
 
-def fit(args, where, network, rates, epochs, rows, loss_of, score_of, view=None, shared=False):
+def fit(args, where, key, network, rates, epochs, rows, loss_of, score_of, view=None, shared=False, counts=None):
     """Train `network` with Adam and keep its best epoch. Returns {"best", "last", "history"}, the first two scores.
 
-    where      (fold, stage, model), for the log
+    where      (fold, stage, model), for the log, and for the file that a resumed run goes on from
+    key        what all this is made from
     rates      list of (module, learning rate)
     epochs     raised to what --updates asks for
     loss_of    rows of a batch (and the view there) -> dict of scalar tensors, of which "loss" is minimised; and the
                embedding on which the gradient of each other term is measured, in the first batch of an epoch, or None
     score_of   () -> score on the validation rows
     shared     all processes are here, and loss_of gets this one's share of the view
+    counts     a tensor that loss_of adds to, or None
     """
     groups = [{"params": list(module.parameters()), "lr": rate} for module, rate in rates]
     optimizer = torch.optim.Adam(groups, fused=True)
     batches = max(1, min(math.ceil(len(rows) / args.batch_size), len(rows) // 2))  # of two clips at the least
-    epochs, best, history = max(epochs, math.ceil(args.updates / batches)), None, []
+    epochs = max(epochs, math.ceil(args.updates / batches))
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0 if args.lr_decay == "linear" else 1, epochs * batches)
-    for epoch in range(1, epochs + 1):
-        network.train()
-        sums, pulls = {}, {}
-        # Batches of nearly equal size: the similarities within a runt of two clips would mean nothing.
-        order = rows[torch.randperm(len(rows)).to(rows.device)].tensor_split(batches)
-        parts = [share(batch) for batch in order] if shared else order
-        steps = zip(order) if view is None else zip(order, inputs(args, view, parts))
-        hidden = processes()[0] > 0 or args.seeds > 1 or None  # None: where stderr is not a terminal
-        for batch, *x in tqdm(steps, f"{where[2]} {epoch}/{epochs}", batches, leave=False, disable=hidden):
-            try:
-                terms, z = loss_of(batch, *x)
-            except ValueError as error:  # what Sinkhorn refuses, such as the embeddings of a diverged student
-                fail(f"fold {where[0]}, {where[2]}, epoch {epoch}: {error}")
-            if z is not None and not pulls:
-                for name in [name for name in terms if name != "loss"]:
-                    (gradient,) = torch.autograd.grad(terms[name], z, retain_graph=True)
-                    pulls[f"{name}_gradient"] = gradient.norm().item()
-            optimizer.zero_grad(set_to_none=True)
-            terms["loss"].backward()
-            optimizer.step()
-            decay.step()
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0) + value.detach() * (len(batch) / len(rows))
-        network.eval()
-        terms = {name: total.item() for name, total in sums.items()}
-        if not all(map(math.isfinite, terms.values())):
-            fail(f"fold {where[0]}, {where[2]}, epoch {epoch}: the loss is not finite ({terms}); try a lower --lr-...")
-        value = score_of()
-        if best is None or headline(value) > headline(best):
-            best, weights = value, copy.deepcopy(network.state_dict())
-        when = dict(zip(("fold", "stage", "model"), where), epoch=epoch)
-        history.append({**when, **terms, **pulls, "score": headline(value)})
-        if args.seeds == 1 or epoch == epochs:
-            line = f"loss {terms['loss']:.4f}  validation {headline(value):.4f}"
-            print(f"seed {args.seed}  fold {where[0]}  {where[2]:<19}  epoch {epoch:>3}/{epochs}  {line}", flush=True)
-    network.load_state_dict(weights)
-    return {"best": best, "last": value, "history": history}
+    parts, path = (
+        {"network": network, "optimizer": optimizer, "decay": decay},
+        stage_file(args, where[0], f"unfinished_{where[1]}_{where[2]}"),
+    )
+    # The epoch it is in, with the steps done, its order of rows and sums of its terms; and what came of those before.
+    at = {"epoch": 1, "step": 0, "order": None, "sums": {}, "pulls": {}, "history": [], "best": None}
+    at.update(last=None, weights=None)
+    start = f"seed {args.seed}, fold {where[0]}, stage {where[1]}, {where[2]}"
+    if path.exists():
+        if args.resume:
+            at = go_on(path, key, at, parts, counts)
+        elif processes()[0] == 0:
+            print(f"{path} is of a run that was stopped; it starts anew, as --resume was not given", flush=True)
+
+    def save():
+        now = {name: part.state_dict() for name, part in parts.items()}
+        random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if args.device == "cuda" else []}
+        if processes()[0] == 0:
+            write(path, {"key": key, "arguments": described(args), **at, **now, "random": random, "counts": counts})
+
+    try:
+        while at["epoch"] <= epochs:
+            epoch = at["epoch"]
+            network.train()
+            if at["step"] == 0:
+                at.update(order=rows[torch.randperm(len(rows)).to(rows.device)], sums={}, pulls={})
+            # Batches of nearly equal size: the similarities within a runt of two clips would mean nothing.
+            order = at["order"].to(rows.device).tensor_split(batches)[at["step"] :]
+            shares = [share(batch) for batch in order] if shared else order
+            steps = zip(order) if view is None else zip(order, inputs(args, view, shares))
+            hidden = processes()[0] > 0 or args.seeds > 1 or None  # None: where stderr is not a terminal
+            bar = {"total": batches, "initial": at["step"], "leave": False, "disable": hidden}
+            for batch, *x in tqdm(steps, f"{where[2]} {epoch}/{epochs}", **bar):
+                place = f"{start}, epoch {epoch}, step {at['step'] + 1}"
+                try:
+                    terms, z = loss_of(batch, *x)
+                except ValueError as error:  # what Sinkhorn refuses, such as the embeddings of a diverged student
+                    fail(f"{place}: {error}")
+                if z is not None and not at["pulls"]:
+                    for name in [name for name in terms if name != "loss"]:
+                        (gradient,) = torch.autograd.grad(terms[name], z, retain_graph=True)
+                        at["pulls"][f"{name}_gradient"] = gradient.norm().item()
+                optimizer.zero_grad(set_to_none=True)
+                terms["loss"].backward()
+                values = dict(zip(terms, torch.stack([term.detach() for term in terms.values()]).tolist()))
+                bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+                if bad:
+                    fail(f"{place}: {', '.join(bad)}; what was saved stays; try a lower --lr-... and another --out")
+                optimizer.step()
+                decay.step()
+                for name, value in values.items():
+                    at["sums"][name] = at["sums"].get(name, 0) + value * len(batch) / len(rows)
+                at["step"] += 1
+                stop_if_asked(args, shared)
+            network.eval()
+            value = score_of()
+            if at["best"] is None or headline(value) > headline(at["best"]):
+                at.update(best=value, weights=copy.deepcopy(network.state_dict()))
+            when = dict(zip(("fold", "stage", "model"), where), epoch=epoch)
+            row = {**when, **at["sums"], **at["pulls"], "score": headline(value)}
+            at.update(epoch=epoch + 1, step=0, order=None, history=[*at["history"], row], last=value)
+            save()
+            if args.seeds == 1 or epoch == epochs:
+                line = f"epoch {epoch:>3}/{epochs}  loss {row['loss']:.4f}  validation {row['score']:.4f}"
+                print(f"seed {args.seed}  fold {where[0]}  {where[2]:<19}  {line}", flush=True)
+    except KeyboardInterrupt:  # raised between steps only, and while validating
+        save()
+        raise
+    network.load_state_dict(at["weights"])
+    return {name: at[name] for name in ("best", "last", "history")}
+
+
+def go_on(path, key, at, parts, counts):
+    """Fill the parts of a fit, and the random generators, from its saved file; return where it was."""
+    saved = read(path)
+    if saved["key"] != key:
+        fail(f"{path} was made from other data, --folds, --seed, --dim or teachers: remove it to start this part anew")
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+    except (RuntimeError, ValueError, KeyError):
+        fail(f"{path} is of other networks than these: remove it to start this part anew")
+    torch.set_rng_state(saved["random"]["cpu"])
+    if saved["random"]["cuda"]:
+        torch.cuda.set_rng_state_all(saved["random"]["cuda"])
+    if counts is not None:
+        counts.copy_(saved["counts"])
+    return {name: saved[name] for name in at}
 
 
 # ---- stage 1: teachers ------------------------------------------------------------------------------
@@ -418,11 +584,14 @@ def fit(args, where, network, rates, epochs, rows, loss_of, score_of, view=None,
 
 def teachers(args, data, fold, train, val, key):
     """Train both backbones with a head each, then the joint teacher and T-Net on their frozen embeddings."""
+    if finished(args, fold, "teachers", key):
+        return
     outputs, z, weights, fitted = len(data.names), {}, {}, {}
     for view in VIEWS:
         seed_everything(args, fold, view)
         source, published = getattr(data, view), getattr(args, f"{view}_weights")
-        encoder, head = backbone(source, args.dim, args.width).to(args.device), Head(args.dim, outputs).to(args.device)
+        encoder = backbone(source[0].shape, args.dim, args.width).to(args.device)
+        head = Head(args.dim, outputs).to(args.device)
         if published:
             start_from(encoder, published)
         elif not is_raw(source):
@@ -439,11 +608,11 @@ def teachers(args, data, fold, train, val, key):
             return {"loss": mtpkdot.task_loss(prediction, data.label[rows])}, None
 
         fitted[view] = fit(
-            args, (fold, "teachers", view), network, [(network, args.lr_backbone)], args.epochs_backbone, train,
+            args, (fold, "teachers", view), key, network, [(network, args.lr_backbone)], args.epochs_backbone, train,
             loss_of, lambda: score(data, embed(args, network, source, val, shared=True), val), source, shared=True,
         )  # fmt: skip
-        z[view] = embed(args, encoder, source, every_row(data), shared=True)
         weights[view], weights[f"{view}_head"] = encoder.state_dict(), head.state_dict()
+        z[view] = embedding(args, data, fold, view, weights[view], shared=True)
     if processes()[0] > 0:
         return  # what follows runs on embeddings, fast, in the first process
 
@@ -455,7 +624,7 @@ def teachers(args, data, fold, train, val, key):
         return joint(z_v[rows].unsqueeze(1), z_p[rows].unsqueeze(1))[1]
 
     fitted["joint"] = fit(
-        args, (fold, "teachers", "joint"), joint, [(joint, args.lr_joint)], args.epochs_joint, train,
+        args, (fold, "teachers", "joint"), key, joint, [(joint, args.lr_joint)], args.epochs_joint, train,
         lambda rows: ({"loss": mtpkdot.task_loss(predict(rows), data.label[rows])}, None),
         lambda: score(data, over(val, predict), val),
     )  # fmt: skip
@@ -464,21 +633,19 @@ def teachers(args, data, fold, train, val, key):
     tnet = TNet(args.dim).to(args.device)
     variance = z_p.var(0, correction=0).mean()
     fitted["tnet"] = fit(
-        args, (fold, "teachers", "tnet"), tnet, [(tnet, args.lr_tnet)], args.epochs_tnet, train,
+        args, (fold, "teachers", "tnet"), key, tnet, [(tnet, args.lr_tnet)], args.epochs_tnet, train,
         lambda rows: ({"loss": mtpkdot.tnet_loss(tnet(z_v[rows]), z_p[rows], args.tnet_loss)}, None),
         # Scored by the share of the privileged embedding's variance that it explains.
         lambda: (1 - over(val, lambda rows: tnet(z_v[rows]) - z_p[rows]).square().mean() / variance).item(),
     )  # fmt: skip
     weights["joint"], weights["tnet"] = joint.state_dict(), tnet.state_dict()
-    saved = {
+    finish(args, fold, "teachers", {
         "key": key,
         "id": digest(*(t for module in weights.values() for t in module.values())),
         "weights": weights,
         "scores": {name: fitted[name]["best"] for name in (*VIEWS, "joint")},
         "history": [row for f in fitted.values() for row in f["history"]],
-    }
-    write(stage_file(args, fold, "teachers"), saved)
-    embeddings(args, data, fold, saved, z)
+    })  # fmt: skip
 
 
 def restored(module, weights, args):
@@ -487,20 +654,17 @@ def restored(module, weights, args):
     return module.to(args.device).eval().requires_grad_(False)
 
 
-def embeddings(args, data, fold, before, z=None):
-    """z_v and z_p (N, D) of all clips, by the frozen backbones of stage 1, kept in a file."""
-    key = "-".join([before["id"], *(stamp(getattr(data, view)) for view in VIEWS)])
-    path = stage_file(args, fold, "embeddings")
-    if z is None:
-        if path.exists() and (kept := read(path))["key"] == key:
-            return [kept[view].to(args.device) for view in VIEWS]
-        z = {}
-        for view in VIEWS:
-            source = getattr(data, view)
-            encoder = restored(backbone(source, args.dim, args.width), before["weights"][view], args)
-            z[view] = embed(args, encoder, source, every_row(data))
-    write(path, {"key": key, **{view: z[view].cpu() for view in VIEWS}})
-    return [z[view] for view in VIEWS]
+def embedding(args, data, fold, view, weights, shared=False):
+    """z (N, D) of all clips by a backbone of stage 1, from the file that keeps it or from the clips."""
+    source, path = getattr(data, view), stage_file(args, fold, f"embedding_{view}")
+    key = f"{digest(*weights.values())}-{stamp(source)}"
+    if path.exists() and (kept := read(path))["key"] == key:
+        return kept["z"].to(args.device)
+    encoder = restored(backbone(source[0].shape, args.dim, args.width), weights, args)
+    z = embed(args, encoder, source, torch.arange(len(source)), shared)
+    if processes()[0] == 0:
+        write(path, {"key": key, "z": z})
+    return z
 
 
 # ---- stage 2: alignment -----------------------------------------------------------------------------
@@ -509,7 +673,9 @@ def embeddings(args, data, fold, before, z=None):
 def align(args, data, fold, train, val, key):
     """Pull both single-modality embeddings and the joint one together; keep the epoch of the best joint score."""
     before = earlier(args, fold, "teachers", key)
-    z_v, z_p = embeddings(args, data, fold, before)
+    if finished(args, fold, "align", before["id"]):
+        return
+    z_v, z_p = (embedding(args, data, fold, view, before["weights"][view]) for view in VIEWS)
     seed_everything(args, fold, "align")
     network = Teachers(args.dim, len(data.names)).to(args.device)
     network.joint.load_state_dict(before["weights"]["joint"])
@@ -525,9 +691,10 @@ def align(args, data, fold, train, val, key):
 
     rates = [(network.adapters, args.lr_adapter), (network.heads, args.lr_adapter), (network.joint, args.lr_fusion)]
     fitted = fit(
-        args, (fold, "align", "align"), network, rates, args.epochs_align, train, loss_of, lambda: score_of("joint")
-    )
-    write(stage_file(args, fold, "align"), {
+        args, (fold, "align", "align"), before["id"], network, rates, args.epochs_align, train,
+        loss_of, lambda: score_of("joint"),
+    )  # fmt: skip
+    finish(args, fold, "align", {
         "key": before["id"],
         "id": before["id"] + digest(*network.state_dict().values()),
         "weights": network.state_dict(),
@@ -543,17 +710,17 @@ def needs_alignment(method):
     return method.startswith("mtpkdot") and method != "mtpkdot-unaligned"
 
 
-def teachers_of(args, data, first, aligned, z_v, z_p):
+def teachers_of(args, outputs, first, aligned, z_v, z_p):
     """Embeddings (3, N, D) and predictions (3, N, K) of the teachers, in the order of mtpkdot.TEACHERS, from the
     weights of stage 2, or, where aligned is None, from those of stage 1, which has no adapters."""
-    network = Teachers(args.dim, len(data.names))
+    network = Teachers(args.dim, outputs)
     if aligned is None:
         network.adapters = nn.ModuleDict({view: nn.Identity() for view in VIEWS})
         parts = {"joint": first["joint"], **{f"heads.{view}": first[f"{view}_head"] for view in VIEWS}}
         aligned = {f"{part}.{name}": t for part, weights in parts.items() for name, t in weights.items()}
     network = restored(network, aligned, args)
     with torch.no_grad():
-        parts = [network(z_v[rows], z_p[rows]) for rows in every_row(data).split(CHUNK)]
+        parts = [network(*z) for z in zip(z_v.split(CHUNK), z_p.split(CHUNK))]
     return [torch.stack([torch.cat([part[name][i] for part in parts]) for name in mtpkdot.TEACHERS]) for i in (0, 1)]
 
 
@@ -565,20 +732,23 @@ def student(args, data, fold, train, val, key, method):
     backbone starts from stage 1 and trains along, stays as it is (frozen), or starts afresh (scratch); T-Net stays.
     """
     before = earlier(args, fold, "teachers", key)
-    weights, dim, source = before["weights"], args.dim, data.visual
-    frozen, scratch = (args.student_backbone == kind for kind in ("frozen", "scratch"))
-    z_v, z_p = embeddings(args, data, fold, before)
-    variant = method.removeprefix("mtpkdot-") if method in VARIANTS else None
+    weights, dim, outputs, source = before["weights"], args.dim, len(data.names), data.visual
     aligned = None
     if needs_alignment(method):
         before = earlier(args, fold, "align", before["id"])
         aligned = before["weights"]
-    z_teachers, predictions = teachers_of(args, data, weights, aligned, z_v, z_p)
+    if finished(args, fold, f"student_{method}", before["id"]):
+        return
+    z_v, z_p = (embedding(args, data, fold, view, weights[view]) for view in VIEWS)
+    z_teachers, predictions = teachers_of(args, outputs, weights, aligned, z_v, z_p)
+    frozen, scratch = (args.student_backbone == kind for kind in ("frozen", "scratch"))
+    variant = method.removeprefix("mtpkdot-") if method in VARIANTS else None
     only = {"joint": 0, "visual": 1, "privileged": 2}.get(variant)
 
     seed_everything(args, fold, "student")
-    network = Student(backbone(source, dim, args.width), TNet(dim), Fusion(dim, len(data.names))).to(args.device)
-    head = Head(dim, len(data.names)).to(args.device)
+    encoder = backbone(source[0].shape, dim, args.width)
+    network = Student(encoder, TNet(dim), Fusion(dim, outputs)).to(args.device)
+    head = Head(dim, outputs).to(args.device)
     tnet = restored(network.tnet, weights["tnet"], args)
     network.tnet = tnet.composed()
     if not scratch:
@@ -597,9 +767,11 @@ def student(args, data, fold, train, val, key, method):
         """Student embedding and prediction."""
         return (z, head(z)) if method == "visual" else network.from_embedding(z)
 
-    def score_of():
-        z = z_v[val] if frozen else embed(args, network.encoder, source, val)
-        return score(data, over(torch.arange(len(val)), lambda rows: predict(z[rows])[1]), val)
+    @torch.no_grad()
+    def outputs_of(rows):
+        """Student embeddings and predictions of rows, nothing trained."""
+        z = z_v[rows] if frozen else embed(args, network.encoder, source, rows)
+        return [torch.cat(parts) for parts in zip(*map(predict, z.split(CHUNK)))]
 
     picks = torch.zeros(len(mtpkdot.TEACHERS), dtype=torch.long, device=args.device)
     transport = {
@@ -629,21 +801,32 @@ def student(args, data, fold, train, val, key, method):
         return terms, z_s
 
     pace = "pkdot" if method == "pkdot" else "student"
+    shown = val[torch.linspace(0, len(val) - 1, min(len(val), SHOWN)).long()]
+    shown = shown[data.label[shown].view(len(shown), -1)[:, 0].argsort(stable=True)]  # by class, or by the first value
+    stage_1 = teachers_of(args, outputs, weights, None, z_v[shown], z_p[shown])[0][0]
+    trained.eval()
+    at_first = outputs_of(shown)[0]
     seed_everything(args, fold, "batches")
     fitted = fit(
-        args, (fold, "student", method), trained, [(trained, getattr(args, f"lr_{pace}"))],
-        getattr(args, f"epochs_{pace}"), train, loss_of, score_of, None if frozen else source,
+        args, (fold, "student", method), before["id"], trained, [(trained, getattr(args, f"lr_{pace}"))],
+        getattr(args, f"epochs_{pace}"), train, loss_of, lambda: score(data, outputs_of(val)[1], val),
+        None if frozen else source, counts=picks,
     )  # fmt: skip
+    z = {"teacher, stage 1": stage_1, "teacher": z_teachers[0, shown], "student, untrained": at_first}
+    z["student"] = outputs_of(shown)[0]
     network.tnet = tnet
-    write(stage_file(args, fold, f"student_{method}"), {
+    finish(args, fold, f"student_{method}", {
         "key": before["id"],
         "weights": (trained if method == "visual" else network).state_dict(),
         "scores": {"best": fitted["best"], "last": fitted["last"]},
         "history": fitted["history"],
         "picks": dict(zip(mtpkdot.TEACHERS, picks.tolist())),
+        "similarity": {"label": data.label[shown], **{name: mtpkdot.similarity(rows) for name, rows in z.items()}},
+        "method": method,
         "dim": dim,
         "width": args.width,
         "input_shape": list(source[0].shape),
+        "dataset": args.dataset,
         "task": data.task,
         "names": data.names,
         "trained_on": digest(source, data.label),
@@ -654,49 +837,78 @@ def student(args, data, fold, train, val, key, method):
 # ---- evaluation: the student alone ------------------------------------------------------------------
 
 
-def evaluate(args, data, fold, method):
-    """Score a saved student on visual input: on its fold's validation rows where `data` is what it was trained
-    with, on every row otherwise."""
-    path = stage_file(args, fold, f"student_{method}")
+def read_student(path):
     saved = read(path)
+    if saved.get("method", "visual") == "visual":
+        fail(f"{path} is not a student's file, foldI/student_METHOD.pt of a run; the visual network's is none either")
+    return saved
+
+
+def evaluate(args, data, path):
+    """Score a saved student on visual input: on its fold's validation rows where `data` is what it was trained
+    with, on every row otherwise. Returns the score, or None without labels, the rows and the predictions."""
+    saved = read_student(path)
     shape, names = list(data.visual[0].shape), saved["names"]
-    if (shape, data.task) != (saved["input_shape"], saved["task"]):
-        fail(f"{path} is for {saved['task']} of input shape {saved['input_shape']}; the data is {data.task} of {shape}")
-    unknown = [name for name in data.names if name not in names]
-    if unknown or (data.task == "regression" and data.names != names):
-        fail(f"{path} knows the labels {names}; the data has {unknown or data.names}")
-    rows, kind = every_row(data), "all rows of other data"
-    if digest(data.visual, data.label) == saved["trained_on"]:
-        rows, kind = saved["val"].to(args.device), "validation rows of its own data"
-    if data.task == "classification":
-        index = torch.tensor([names.index(name) for name in data.names], device=args.device)
-        data = data._replace(label=index[data.label])
-    dim = saved["dim"]
-    network = Student(backbone(data.visual, dim, saved["width"]), TNet(dim), Fusion(dim, len(names)))
-    network = restored(network, saved["weights"], args)
-    network.tnet = network.tnet.composed()  # as it was trained
-    print(f"fold {fold}  {method:<10}  {len(rows)} {kind}")
+    if shape != saved["input_shape"]:
+        fail(f"{path} is for input shape {saved['input_shape']}; the data has {shape}")
+    rows, kind = torch.arange(len(data.visual)), "all rows of other data"
+    if data.label is not None:
+        unknown = [name for name in data.names if name not in names]
+        if data.task != saved["task"]:
+            fail(f"{path} is for {saved['task']}; the data is {data.task}")
+        if unknown or (data.task == "regression" and data.names != names):
+            fail(f"{path} knows the labels {names}; the data has {unknown or data.names}")
+        if digest(data.visual, data.label) == saved["trained_on"]:
+            rows, kind = saved["val"], "validation rows of its own data"
+        if data.task == "classification":
+            index = torch.tensor([names.index(name) for name in data.names], device=args.device)
+            data = data._replace(label=index[data.label])
+    network = load_student(saved).to(args.device)
+    print(f"{path}: {len(rows)} {kind}")
     z_v = embed(args, network.encoder, data.visual, rows)
-    return score(data, over(torch.arange(len(rows)), lambda part: network.from_embedding(z_v[part])[1]), rows)
+    prediction = torch.cat([network.from_embedding(part)[1] for part in z_v.split(CHUNK)])
+    return None if data.label is None else score(data, prediction, rows), rows, prediction
+
+
+def evaluate_student(args, data):
+    """Score the student of a file and write what it predicts."""
+    saved = read_student(args.student)
+    value, rows, prediction = evaluate(args, data, args.student)
+    if args.predictions:
+        header, table = ["name", *saved["names"]], prediction.tolist()
+        if saved["task"] == "classification":
+            header = ["name", "prediction", *(f"p_{name}" for name in saved["names"])]
+            chosen = prediction.argmax(1).tolist()
+            table = [[saved["names"][i], *p] for i, p in zip(chosen, prediction.softmax(1).tolist())]
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerows([header, *([data.clip_name(i), *line] for i, line in zip(rows.tolist(), table))])
+        write(args.predictions, text.getvalue())
+        print(f"Predictions saved in {args.predictions}.")
+    if value is not None:
+        print(f"Score: {cell(value)}, {unit(data)}, from visual input alone.")
+    show_skipped(args, data)
 
 
 def evaluate_run(args, data):
     """Score the students that results.json lists, and write eval.json."""
     path = args.out / "results.json"
     if not path.exists():
-        fail(f"{path} is missing: run --stage student first, with the same --out")
+        fail(f"{path} is missing: run --stage student first, with the same --out; or name one by --student FILE")
     try:
         reports = json.loads(path.read_text())["folds"]
         trained = {report["fold"]: list(report["students"]) for report in reports}
-    except (ValueError, KeyError, TypeError):
+        seeds = [report["seed"] for report in reports if "seed" in report]
+    except (OSError, ValueError, LookupError, TypeError):
         fail(f"{path} is damaged: run --stage student again")
-    if reports and "seed" in reports[0]:
-        fail(f"{path} is of several seeds: name the folder of one, --out {args.out}/seed{reports[0]['seed']}")
+    if seeds:
+        fail(f"{path} is of several seeds: name the folder of one, --out {args.out}/seed{seeds[0]}")
     reports = []
     for fold in trained if args.fold is None else [args.fold]:
         present = [method for method in args.methods if method in trained.get(fold, ()) and method != "visual"]
         if present:
-            reports.append({"fold": fold, "students": {m: evaluate(args, data, fold, m) for m in present}})
+            files = {method: stage_file(args, fold, f"student_{method}") for method in present}
+            reports.append({"fold": fold, "students": {m: evaluate(args, data, f)[0] for m, f in files.items()}})
     if not reports:
         fail(f"{path} lists no such student: run --stage student --method {args.method} first")
     results = {"folds": reports, **summary(reports, references=())}
@@ -750,12 +962,12 @@ def write_results(args, data, reports):
         "task": data.task,
         "metric": "accuracy" if data.task == "classification" else "ccc",
         "seed": args.seed,
-        "arguments": {name: value for name, value in vars(args).items() if name not in ("out", "methods")},
+        "arguments": described(args),
         **({"skipped": len(data.skipped)} if args.skip_bad else {}),
         "folds": reports,
         **summary(reports),
     }
-    write(args.out / "results.json", json.dumps(results, indent=2, default=str) + "\n")
+    write(args.out / "results.json", json.dumps(results, indent=2) + "\n")
     return results
 
 
@@ -854,7 +1066,77 @@ over the {repeats} with their 95 % intervals, * where that excludes zero.""")
 
 def show_skipped(args, data):
     if args.skip_bad:
-        print(f"Left out as bad: {len(data.skipped)} clips, {len(data.label)} remain.")
+        print(f"Left out as bad: {len(data.skipped)} clips, {len(data.visual)} remain.")
+
+
+def draw(runs, results):
+    """history.png, and similarity.png of the first student, of each run, where matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return print("No history.png and similarity.png: they need matplotlib (pip install matplotlib).")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    for args, report in zip(runs, results):
+        with open(args.out / "history.csv", newline="") as file:
+            pictures = {"history": draw_history(pyplot, csv.DictReader(file))}
+        for fold, method in [(fold["fold"], method) for fold in report["folds"] for method in fold["students"]][:1]:
+            pictures["similarity"] = draw_similarity(pyplot, read(stage_file(args, fold, f"student_{method}")))
+        for name, figure in pictures.items():
+            image = io.BytesIO()
+            figure.savefig(image, dpi=120)
+            pyplot.close(figure)
+            write(args.out / f"{name}.png", image.getvalue())
+
+
+def draw_history(pyplot, history):
+    """Loss above score, stage after stage: thin lines are folds, thick ones the means over them."""
+    panels = {}
+    for row in history:
+        models = panels.setdefault("students" if row["stage"] == "student" else row["model"], {})
+        curves = models.setdefault(row["model"], {}).setdefault(row["fold"], [])
+        curves.append((float(row["loss"]), float(row["score"])))
+    figure, axes = pyplot.subplots(2, len(panels), figsize=(2.6 * len(panels), 5), layout="constrained", squeeze=False)
+    for column, (title, models) in zip(axes.T, panels.items()):
+        column[0].set_title({"tnet": "T-Net (score: explained variance)"}.get(title, title), fontsize=8)
+        column[1].set_xlabel("epoch")
+        for number, (model, folds_) in enumerate(models.items()):
+            epochs = range(1, 1 + min(map(len, folds_.values())))
+            curves = np.array([curve[: len(epochs)] for curve in folds_.values()]).transpose(2, 1, 0)
+            for axis, values in zip(column, curves):
+                if len(models) == 1:
+                    axis.plot(epochs, values, color="0.75", linewidth=0.7)
+                axis.plot(epochs, values.mean(1), color=f"C{number % 10}", linestyle="-:"[number // 10], label=model)
+        if title == "students":
+            column[0].legend(frameon=False, fontsize=7)
+    axes[0, 0].set_ylabel("loss")
+    axes[1, 0].set_ylabel("score, validation rows")
+    return figure
+
+
+def draw_similarity(pyplot, saved):
+    """Cosine similarities within some validation clips, sorted by label: the joint teacher's beside the student's."""
+    shown, method, classes = saved["similarity"], saved["method"], saved["task"] == "classification"
+    titles = {"teacher, stage 1": "joint teacher, before alignment", "student, untrained": f"{method}, before stage 3",
+              "teacher": f"joint teacher, as {method} had it", "student": f"{method}, best epoch"}  # fmt: skip
+    label = shown["label"]
+    figure, axes = pyplot.subplots(2, 2, figsize=(8.4, 7.6), layout="constrained")
+    for axis, (name, title) in zip(axes.flat, titles.items()):
+        image = axis.imshow(shown[name].numpy(), vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
+        if name.startswith("student"):
+            title += (
+                f"\nmean |S_s - S_t|: {(shown[name] - shown['teacher']).abs().mean():.2f}, S_t as at the lower left"
+            )
+        axis.set_title(title, fontsize=9)
+        middles = [(label == i).nonzero().double().mean().item() for i in label.unique()] if classes else []
+        axis.set_xticks(middles, [saved["names"][i] for i in label.unique()] if classes else [])
+        axis.set_yticks([])
+        axis.tick_params(length=0)
+        axis.set_xlabel("clips by class" if classes else f"clips by {saved['names'][0]}, low to high")
+    figure.colorbar(image, ax=axes, shrink=0.6, label="cosine similarity")
+    return figure
 
 
 # ---- main -------------------------------------------------------------------------------------------
@@ -862,22 +1144,22 @@ def show_skipped(args, data):
 
 def run(args):
     data = load(
-        args.dataset, args.data, args.seed, need_privileged=args.stage != "eval", stride=args.clip_stride,
-        levels=args.levels, signal=args.signal, skip_bad=args.skip_bad, workers=args.workers,
+        args.dataset, args.data, args.seed, need_privileged=args.stage != "eval", need_label=not args.predictions,
+        stride=args.clip_stride, levels=args.levels, signal=args.signal, skip_bad=args.skip_bad, workers=args.workers,
     )  # fmt: skip
     for message in dict.fromkeys(data.skipped if processes()[0] == 0 else ()):
         print(f"train.py: left out, {message}", file=sys.stderr)
+    tensors = {name: t.to(args.device) for name, t in data._asdict().items() if isinstance(t, torch.Tensor)}
+    data = data._replace(**tensors)
+    if args.stage == "eval":
+        return evaluate_student(args, data) if args.student else evaluate_run(args, data)
+
+    # What can fail for want of a folder or a file fails here, not after hours of training.
     if args.folds_by == "clip" and data.group is not None:
         print("train.py: --folds-by clip puts clips of one person into training and validation", file=sys.stderr)
         data = data._replace(group=None)
     if data.task == "regression" and args.batch_size < 2:
         fail("argument --batch-size: the CCC of a single clip is always 0; use at least 2")
-    tensors = {name: t.to(args.device) for name, t in data._asdict().items() if isinstance(t, torch.Tensor)}
-    data = data._replace(**tensors)
-    if args.stage == "eval":
-        return evaluate_run(args, data)
-
-    # What can fail for want of a folder or a file fails here, not after hours of training.
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out).close()
@@ -887,33 +1169,23 @@ def run(args):
         if published := getattr(args, f"{view}_weights"):
             if not is_raw(getattr(data, view)):
                 fail(f"argument --{view}-weights: they are for raw data, and this data set holds vectors")
-            start_from(backbone(getattr(data, view), args.dim, args.width), published)
+            start_from(backbone(getattr(data, view)[0].shape, args.dim, args.width), published)
     seeds = range(args.seed, args.seed + args.seeds)
     folders = [args.out / f"seed{seed}" if args.seeds > 1 else args.out for seed in seeds]
-    every = each_seed([argparse.Namespace(**{**vars(args), "seed": s, "out": f}) for s, f in zip(seeds, folders)], data)
+    runs = [argparse.Namespace(**{**vars(args), "seed": seed, "out": out}) for seed, out in zip(seeds, folders)]
+    parts = [split(one, data) for one in runs]
+    if processes()[0] == 0:
+        claim(args, data)
+    every = each_seed(runs, data, parts)
     if processes()[0] > 0:
         return
     reports = [{"seed": seed, **report} for seed, one in zip(seeds, every) for report in one["folds"]]
     show_results(args, data, every[0] if args.seeds == 1 else write_results(args, data, reports))
+    draw(runs, every)
 
 
-def each_seed(runs, data):
-    """run_seed of each, on the CPU as many at a time as there are cores: networks this small need no more than one."""
-    jobs = min(len(runs), os.cpu_count() or 1) if runs[0].device == "cpu" and processes()[1] == 1 else 1
-    if jobs == 1:
-        return [run_seed(one, data) for one in runs]
-    settings = {"mp_context": multiprocessing.get_context("spawn"), "initializer": one_of_many}
-    with ProcessPoolExecutor(jobs, initargs=((os.cpu_count() or 1) // jobs,), **settings) as pool:
-        return list(pool.map(run_seed, runs, itertools.repeat(data)))
-
-
-def one_of_many(threads):
-    torch.set_num_threads(threads)
-    plain_warnings()
-
-
-def run_seed(args, data):
-    """All folds with one seed; the results."""
+def split(args, data):
+    """(training rows, validation rows) of each fold of one seed."""
     parts = folds(data, args.folds, args.seed)
     if args.fold is not None and args.fold >= len(parts):
         fail(f"argument --fold: the folds are 0 to {len(parts) - 1}")
@@ -922,10 +1194,51 @@ def run_seed(args, data):
             fail(f"argument --train-rows: a fold has only {min(len(train) for train, _ in parts)}")
         draw = np.random.default_rng(args.seed).permutation
         parts = [(np.sort(draw(train)[: args.train_rows]), val) for train, val in parts]
-    parts = [tuple(torch.from_numpy(rows).to(args.device) for rows in part) for part in parts]
     least = min(max(1, args.batch_size // 2), *(len(rows) for part in parts for rows in part))
     if processes()[1] > least:
         fail(f"{processes()[1]} processes cannot share {least} clips of a batch: start fewer, or raise --batch-size")
+    return [tuple(torch.from_numpy(rows).to(args.device) for rows in part) for part in parts]
+
+
+def each_seed(runs, data, parts):
+    """run_seed of each, on the CPU as many at a time as there are cores: networks this small need no more than one."""
+    jobs = min(len(runs), os.cpu_count() or 1) if runs[0].device == "cpu" and processes()[1] == 1 else 1
+    if jobs == 1:
+        return [run_seed(*one) for one in zip(runs, itertools.repeat(data), parts)]
+    settings = {"mp_context": multiprocessing.get_context("spawn"), "initializer": one_of_many}
+    with ProcessPoolExecutor(jobs, initargs=((os.cpu_count() or 1) // jobs,), **settings) as pool:
+        running = [pool.submit(run_apart, *one) for one in zip(runs, itertools.repeat(data), parts)]
+        try:
+            pending = running
+            while pending:
+                done, pending = wait(pending, timeout=1, return_when=FIRST_EXCEPTION)
+                stop_if_asked(runs[0])
+                for job in done:
+                    job.result()
+        except BrokenProcessPool:
+            stop_if_asked(runs[0])
+            fail("the process of a seed was killed, for want of memory perhaps; --resume goes on from there")
+        finally:
+            for process in multiprocessing.active_children():
+                process.terminate()  # where one has failed or was stopped, the others finish their step, save and go
+        return [job.result() for job in running]
+
+
+def one_of_many(threads):
+    torch.set_num_threads(threads)
+    plain_warnings()
+    note_signals(insist=False)  # they come from the terminal and from the first process, too
+
+
+def run_apart(args, data, parts):
+    try:
+        return run_seed(args, data, parts)
+    except KeyboardInterrupt:
+        os._exit(1)  # else this process would take up the next seed
+
+
+def run_seed(args, data, parts):
+    """All folds with one seed; the results."""
     # What each fold's stage 1 is made from, besides its hyper-parameters.
     content = f"{digest(data.visual, data.privileged, data.label)}-{args.seed}-{args.dim}-{args.width}"
     keys, results = [f"{content}-{digest(train)}" for train, _ in parts], None
@@ -958,12 +1271,26 @@ def main(argv=None):
         # The first process trains the students of a fold before all train the teachers of the next.
         distributed.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(days=1))
     first = int(os.environ.get("RANK", 0)) == 0
+    before = note_signals()
     try:
         if several or first:
             with contextlib.redirect_stdout(sys.stdout if first else io.StringIO()):
                 run(args)
     except DataError as error:
         fail(error)
+    except (KeyboardInterrupt, RuntimeError):  # the second where other processes have stopped before this one
+        if not SIGNALS:
+            raise
+        if first:
+            command = shlex.join(["python", "train.py", *(argv or sys.argv[1:])])
+            again = command if args.resume else f"{command} --resume"
+            saved = "" if args.stage == "eval" else f"; what was done is saved. To go on: {again}"
+            print(f"train.py: stopped{saved}", file=sys.stderr)
+        raise SystemExit(128 + SIGNALS[0]) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        SIGNALS.clear()
     if several:
         gc.collect()  # networks that still hold the group would keep its threads alive into the exit, which aborts it
         distributed.destroy_process_group()
