@@ -1216,12 +1216,15 @@ def each_seed(runs, data, parts):
                 for job in done:
                     job.result()
         except BrokenProcessPool:
-            stop_if_asked(runs[0])
             fail("the process of a seed was killed, for want of memory perhaps; --resume goes on from there")
         finally:
             for process in multiprocessing.active_children():
                 process.terminate()  # where one has failed or was stopped, the others finish their step, save and go
-        return [job.result() for job in running]
+        results = [job.result() for job in running]
+    if None in results:
+        SIGNALS.append(signal.SIGTERM)  # which came to the process of a seed alone
+        stop_if_asked(runs[0])
+    return results
 
 
 def one_of_many(threads):
@@ -1231,10 +1234,10 @@ def one_of_many(threads):
 
 
 def run_apart(args, data, parts):
-    try:
+    """run_seed in a process that, once asked to stop, leaves what it would be given next."""
+    with contextlib.suppress(KeyboardInterrupt):
+        stop_if_asked(args)
         return run_seed(args, data, parts)
-    except KeyboardInterrupt:
-        os._exit(1)  # else this process would take up the next seed
 
 
 def run_seed(args, data, parts):
