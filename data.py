@@ -41,6 +41,11 @@ class DataError(ValueError):
     """Something is wrong with the data; the message is one line for the person whose data it is."""
 
 
+def _reason(error):
+    """What another library says is wrong, short and on one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 class TwoView(NamedTuple):
     """N clips. Integer labels make a classification, float labels a regression.
 
@@ -139,8 +144,7 @@ def _read_npz(path, needed, optional):
             keys = sorted(archive.files)
             arrays = {key: archive[key] for key in dict.fromkeys((*needed, *optional)) if key in keys}
     except Exception as error:  # a damaged archive can raise anything; its reader needs the name
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise DataError(f"{path}: not a .npz file of plain arrays ({reason})") from None
+        raise DataError(f"{path}: not a .npz file of plain arrays ({_reason(error)})") from None
     missing = [key for key in needed if key not in keys]
     if missing:
         raise DataError(f"{path}: no key {' or '.join(missing)}; it has {', '.join(keys) or 'none'}")
@@ -279,7 +283,7 @@ class Frames(Dataset):
                     image = image.resize((self.size, self.size))
                 return np.asarray(image).transpose(2, 0, 1)
         except Exception as error:  # a damaged image can raise anything; its reader needs the name
-            raise DataError(f"{path}: not a readable JPEG ({error})".replace("\n", " ")) from None
+            raise DataError(f"{path}: not a readable JPEG ({_reason(error)})") from None
 
 
 class Sounds(Dataset):
@@ -335,7 +339,7 @@ class Signals(Dataset):
                 raise ValueError(f"no column {self.signal}; it has {' '.join(columns) or 'none'}")
             values = np.loadtxt(rows, delimiter="\t", usecols=columns.index(self.signal), ndmin=1)
         except (OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot be read ({error})".replace("\n", " ")) from None
+            raise DataError(f"{path}: cannot be read ({_reason(error)})") from None
         if len(values) < 5 * SIGNAL_RATE or not np.isfinite(values).all():
             raise DataError(
                 f"{path}: {self.signal} needs {5 * SIGNAL_RATE} numbers (5 s); it has {len(values)} or holds NaN"
@@ -360,6 +364,10 @@ def _finite(values, path):
 def read_wav(path):
     """(samples a second, samples (n,) or (n, channels)) of a wav file, memory-mapped where its format allows."""
     try:
+        with open(path, "rb") as file:
+            promised = int.from_bytes(file.read(8)[4:], "little") + 8
+            if os.fstat(file.fileno()).st_size < promised < 2**32:  # beyond: of a stream, whose end was not known
+                raise ValueError("cut off")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", wavfile.WavFileWarning)  # chunks of metadata, which ffmpeg writes
             try:
@@ -369,7 +377,7 @@ def read_wav(path):
     except FileNotFoundError:
         raise DataError(f"{path} is missing; make it with: ffmpeg -i {Path(path).stem}.mp4 -vn {path}") from None
     except Exception as error:  # a damaged file can raise anything; its reader needs the name
-        raise DataError(f"{path}: not a readable wav file ({error})".replace("\n", " ")) from None
+        raise DataError(f"{path}: not a readable wav file ({_reason(error)})") from None
     if len(samples) == 0 or not 1_000 <= rate <= 400_000:
         raise DataError(f"{path}: holds no sound, or none of 1 to 400 kHz ({len(samples)} samples at {rate} Hz)")
     return rate, samples
@@ -438,7 +446,7 @@ def stream(view, batches, workers=0, pin=False):
 
 
 def _leave_signals(worker):
-    """A reading process leaves Ctrl-C and SIGTERM to the process that it reads for, and obeys the SIGTERM of that only."""
+    """A reading process leaves Ctrl-C and SIGTERM to the one that it reads for, and obeys the SIGTERM of that only."""
     signals.signal(signals.SIGINT, signals.SIG_IGN)
     signals.pthread_sigmask(signals.SIG_BLOCK, {signals.SIGTERM})
 

@@ -4,6 +4,7 @@ import gc
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,12 @@ import train
 from models import R3D18, Head, ResNet18, synchronise_batch_norm
 
 
+def command(*argv):
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, argv)]
+
+
 def torchrun(*argv, cwd):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, argv)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command(*argv), cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 def same_gradients_as_one_process(backbone, shape):
@@ -55,7 +59,7 @@ def test_gradients_statistics_and_shares(tmp_path):
     assert done.returncode == 0 and done.stdout.count("as one") == 2, done.stderr
 
 
-def test_the_same_scores_as_one_process(tmp_path):
+def test_the_same_scores_as_one_process_and_as_when_stopped(tmp_path):
     argv = ["--epochs", 1, "--dim", 16, "--device", "cpu", "--augment"]
     done = torchrun(Path(train.__file__).resolve(), *argv, "--out", tmp_path / "two", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -63,6 +67,19 @@ def test_the_same_scores_as_one_process(tmp_path):
     train.main([str(a) for a in (*argv, "--out", tmp_path / "one")])
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
     assert one["arguments"] == two["arguments"] and one["folds"][0].keys() == two["folds"][0].keys()
+    stopped = subprocess.Popen(
+        command(Path(train.__file__).resolve(), *argv, "--out", tmp_path / "three"), cwd=tmp_path, stderr=-1, text=True
+    )
+    while not list((tmp_path / "three").rglob("unfinished_teachers_visual.pt")):
+        assert stopped.poll() is None
+        time.sleep(0.02)
+    stopped.terminate()
+    said = stopped.communicate()[1]
+    assert stopped.returncode and said.count("train.py: stopped; what was done is saved.") == 1
+    assert 'train.py", line' not in said, said
+    done = torchrun(Path(train.__file__).resolve(), *argv, "--out", tmp_path / "three", "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "three/results.json").read_bytes() == (tmp_path / "two/results.json").read_bytes()
     for name in train.LABELS:
         assert one["mean"][name] == pytest.approx(two["mean"][name], abs=5e-3)
     assert one["mean"]["students"]["mtpkdot"]["best"] == pytest.approx(

@@ -249,7 +249,9 @@ def write(path, payload):
 def read(path):
     """A file of torch.save, as it was written: what is damaged, foreign or changed since is refused."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a damaged file, torch has more than one thing to say
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         version, digest_then = saved.pop("format"), saved.pop("digest")
         if version == FORMAT and digest_then != fingerprint(saved):
             raise ValueError("changed")
@@ -489,10 +491,8 @@ def fit(args, where, key, network, rates, epochs, rows, loss_of, score_of, view=
     batches = max(1, min(math.ceil(len(rows) / args.batch_size), len(rows) // 2))  # of two clips at the least
     epochs = max(epochs, math.ceil(args.updates / batches))
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0 if args.lr_decay == "linear" else 1, epochs * batches)
-    parts, path = (
-        {"network": network, "optimizer": optimizer, "decay": decay},
-        stage_file(args, where[0], f"unfinished_{where[1]}_{where[2]}"),
-    )
+    parts = {"network": network, "optimizer": optimizer, "decay": decay}
+    path = stage_file(args, where[0], f"unfinished_{where[1]}_{where[2]}")
     # The epoch it is in, with the steps done, its order of rows and sums of its terms; and what came of those before.
     at = {"epoch": 1, "step": 0, "order": None, "sums": {}, "pulls": {}, "history": [], "best": None}
     at.update(last=None, weights=None)
