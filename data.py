@@ -84,7 +84,7 @@ def load(
 ):
     """The TwoView of a data set by name. path is its file or folder; seed makes the synthetic one.
 
-    Without need_privileged or need_label that part need not be there (BioVid's labels are in the names of its clips).
+    Without need_privileged or need_label that part need not be there, and of raw data is not looked for.
     skip_bad leaves out what is wrong with raw data, to which end every clip is read once, by `workers` processes.
     """
     skipped = [] if skip_bad else None
@@ -94,7 +94,8 @@ def load(
         data = affwild2(path or "data/affwild2", need_privileged, stride, skipped, need_label)
         return _readable(data, skipped, workers)
     if dataset == "biovid":
-        return _readable(biovid(path or "data/biovid", need_privileged, levels, signal, skipped), skipped, workers)
+        data = biovid(path or "data/biovid", need_privileged, levels, signal, skipped, need_label)
+        return _readable(data, skipped, workers)
     if path is None:
         raise DataError("--dataset features needs --data FILE.npz with visual, privileged and label")
     return features(path, need_privileged, need_label)
@@ -116,9 +117,10 @@ def features(path, need_privileged=True, need_label=True):
     needed = ["visual"] + ["label"] * need_label + ["privileged"] * need_privileged
     arrays = _read_npz(path, needed, ["label", "group", "split"])
     rows = {key: len(a) if a.ndim else 0 for key, a in arrays.items()}
-    if len(set(rows.values())) > 1 or rows["visual"] < 2:
+    least = 2 if need_privileged else 1
+    if len(set(rows.values())) > 1 or rows["visual"] < least:
         counts = ", ".join(f"{key} {n}" for key, n in rows.items())
-        raise DataError(f"{path}: every key needs the same number of rows, at least 2, but they have {counts}")
+        raise DataError(f"{path}: every key needs the same number of rows, at least {least}, but they have {counts}")
     label, names = _label(path, arrays["label"]) if "label" in arrays else (None, [])
     group = _group(path, arrays["group"]) if "group" in arrays else None
     split = _split(path, arrays["split"]) if "split" in arrays else None
@@ -447,6 +449,8 @@ def stream(view, batches, workers=0, pin=False):
 
 def _leave_signals(worker):
     """A reading process leaves Ctrl-C and SIGTERM to the one that it reads for, and obeys the SIGTERM of that only."""
+    if not hasattr(signals, "sigwaitinfo"):  # macOS
+        return
     signals.signal(signals.SIGINT, signals.SIG_IGN)
     signals.pthread_sigmask(signals.SIG_BLOCK, {signals.SIGTERM})
 
@@ -523,13 +527,12 @@ def affwild2(root="data/affwild2", need_privileged=True, stride=1, skipped=None,
     Source: the lab's Aff-Wild2 code.
 
     skipped: None, where a mistake raises DataError; or a list, to which the message is appended for each clip that is
-    left out for it. Without need_label, there may be no annotations; every frame with a face is then a clip.
+    left out for it. Without need_label annotations are not looked for: a clip for every `stride`-th frame with a face.
     """
     root, parts = Path(root), ("Train_Set", "Validation_Set")
-    annotated = need_label or (root / "annotations").is_dir()
-    wanted = [f"annotations/{part}" for part in parts if annotated] + ["cropped_aligned"] + ["audio"] * need_privileged
+    wanted = [f"annotations/{part}" for part in parts if need_label] + ["cropped_aligned"] + ["audio"] * need_privileged
     _check_root(root, wanted, "Aff-Wild2")
-    if annotated:
+    if need_label:
         files = [(file, part) for part in parts for file in sorted((root / "annotations" / part).glob("*.txt"))]
     else:
         files = [(Path(f"{name}.txt"), "") for name in sorted(os.listdir(root / "cropped_aligned"))]
@@ -538,7 +541,9 @@ def affwild2(root="data/affwild2", need_privileged=True, stride=1, skipped=None,
         folder = root / "cropped_aligned" / file.stem
         present = _frame_numbers(folder, prefix="")
         try:
-            label = _valence_arousal(file, skipped) if annotated else np.broadcast_to(0.0, (max(present, default=0), 2))
+            label = (
+                _valence_arousal(file, skipped) if need_label else np.broadcast_to(0.0, (max(present, default=0), 2))
+            )
         except DataError as error:
             _mistake(skipped, str(error), len(present[::stride]))
             continue
@@ -561,20 +566,17 @@ def affwild2(root="data/affwild2", need_privileged=True, stride=1, skipped=None,
         ends.append(usable / len(label))
         labels.append(label[usable - 1])
         split.append(np.full(len(usable), part == "Train_Set"))
+    kind = "annotated frame with a face" if need_label else "frame with a face"
     if empty:
         more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
-        warnings.warn(
-            f"{root}: no annotated frame with a face in {', '.join(empty[:5])}{more}", UserWarning, stacklevel=2
-        )
+        warnings.warn(f"{root}: no {kind} in {', '.join(empty[:5])}{more}", UserWarning, stacklevel=2)
     if not folders:
-        raise DataError(
-            skipped[0] if skipped else f"{root}: no annotated frame with a face in any video of annotations/"
-        )
+        raise DataError(skipped[0] if skipped else f"{root}: no {kind} in any video")
     of = np.concatenate(of)
     return TwoView(
         visual=Frames(folders, "{:05d}.jpg", of, np.concatenate(frames)),
         privileged=Sounds(sounds, of, np.concatenate(ends)) if need_privileged else None,
-        label=torch.from_numpy(np.concatenate(labels)).float() if annotated else None,
+        label=torch.from_numpy(np.concatenate(labels)).float() if need_label else None,
         names=["valence", "arousal"],
         group=np.unique([path.name for path in sounds], return_inverse=True)[1][of],  # both people of a video together
         split=np.concatenate(split),
@@ -633,13 +635,21 @@ def _nearest(present, wanted, last):
 # ---- BioVid -----------------------------------------------------------------------------------------
 
 
-def biovid(root="data/biovid", need_privileged=True, levels=("BL1", "PA4"), signal="emg_corrugator", skipped=None):
+def biovid(
+    root="data/biovid",
+    need_privileged=True,
+    levels=("BL1", "PA4"),
+    signal="emg_corrugator",
+    skipped=None,
+    need_label=True,
+):
     """BioVid Part A, a class for each of `levels`, a group for each person. Below root:
 
         frames/SUBJECT/CLIP/img_00001.jpg ...             10 are taken, evenly spread over the clip
         biosignals_filtered/SUBJECT/CLIP_bio.csv          tab separated, 512 Hz, a column for each signal
 
-    with clips named SUBJECT-LEVEL-NUMBER. Source: released code. skipped as for affwild2.
+    with clips named SUBJECT-LEVEL-NUMBER; without need_label every folder is a clip. Source: released code. skipped as
+    for affwild2.
     """
     root = Path(root)
     _check_root(root, ["frames"] + ["biosignals_filtered"] * need_privileged, "BioVid")
@@ -647,7 +657,7 @@ def biovid(root="data/biovid", need_privileged=True, levels=("BL1", "PA4"), sign
     for person in sorted(path for path in (root / "frames").iterdir() if path.is_dir()):
         for clip in sorted(path for path in person.iterdir() if path.is_dir()):
             level = clip.name.partition("-")[2].partition("-")[0]
-            if level not in levels:
+            if need_label and level not in levels:
                 continue
             present = _frame_numbers(clip, prefix="img_")
             if len(present) == 0:
@@ -660,15 +670,15 @@ def biovid(root="data/biovid", need_privileged=True, levels=("BL1", "PA4"), sign
             folders.append(clip)
             files.append(file)
             frames.append(present[np.linspace(0, len(present) - 1, 10).round().astype(int)])
-            labels.append(levels.index(level))
+            labels.append(level)
             people.append(person.name)
-    absent = [level for i, level in enumerate(levels) if i not in labels]
-    if absent:
-        raise DataError(f"{root}/frames: no clip SUBJECT/SUBJECT-{absent[0]}-NUMBER in it")
+    absent = [level for level in levels if level not in labels] if need_label else []
+    if absent or not folders:
+        raise DataError(f"{root}/frames: no clip SUBJECT/SUBJECT-{(absent or ['LEVEL'])[0]}-NUMBER in it")
     return TwoView(
         visual=Frames(folders, "img_{:05d}.jpg", np.arange(len(folders)), np.array(frames, dtype=np.int32), "{}"),
         privileged=Signals(files, signal) if need_privileged else None,
-        label=torch.tensor(labels),
+        label=torch.tensor([levels.index(level) for level in labels]) if need_label else None,
         names=list(levels),
         group=np.unique(people, return_inverse=True)[1],
         split=None,

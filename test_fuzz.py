@@ -153,7 +153,7 @@ def text(chance, good):
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory):
-    """{kind: (share, folder, [(pattern of files, damages)], arguments)}; {} in the arguments is a copy of the folder."""
+    """{kind: (share, folder, [(pattern of files, damages)], arguments)}; {} among these is a copy of the folder."""
     root = tmp_path_factory.mktemp("fuzz")
     two_view(root / "features.npz", n=60, group=np.arange(60) // 3, split=np.array(["train", "val"])[
         (np.arange(60) // 3 % 4 == 0).astype(int)])  # fmt: skip
@@ -183,16 +183,16 @@ def kinds(tmp_path_factory):
     synthetic = root / "synthetic"
     train.main([str(a) for a in ("--out", synthetic / "out", "--stage", "teachers", *BASE)])
 
+    damages = [*BYTES, checkpoint, checkpoint, checkpoint]
     made = {
         "features": (60, root / "features", [("data.npz", [*BYTES, npz, npz, npz, npz_of_huge_header])],
                      [*features, "--stage", "teachers", "--out", "{}/out"]),
-        "synthetic": (25, synthetic, [("out/fold0/*.pt", [*BYTES, checkpoint, checkpoint])],
-                      ["--stage", "align", "--out", "{}/out", *BASE]),
-        "resumed": (65, stopped, [("out/fold0/*.pt", [*BYTES, checkpoint, checkpoint, checkpoint]), ("out/run.json", BYTES)],
+        "synthetic": (25, synthetic, [("out/fold0/*.pt", damages)], ["--stage", "align", "--out", "{}/out", *BASE]),
+        "resumed": (65, stopped, [("out/fold0/*.pt", damages), ("out/run.json", BYTES)],
                     [*features, "--out", "{}/out", "--resume"]),
-        "evaluated": (30, whole, [("out/fold0/student*.pt", [*BYTES, checkpoint]), ("out/results.json", [*BYTES, text])],
+        "evaluated": (30, whole, [("out/fold0/student*.pt", damages), ("out/results.json", [*BYTES, text])],
                       [*features, "--out", "{}/out", "--stage", "eval"]),
-        "student": (30, whole, [("out/fold0/student*.pt", [*BYTES, checkpoint]), ("data.npz", [*BYTES, npz])],
+        "student": (30, whole, [("out/fold0/student*.pt", damages), ("data.npz", [*BYTES, npz])],
                     ["--stage", "eval", "--student", "{}/out/fold0/student_mtpkdot.pt", "--data", "{}/data.npz",
                      "--predictions", "{}/p.csv", "--device", "cpu"]),
     }  # fmt: skip
@@ -245,8 +245,10 @@ def test_damaged_input_is_success_or_one_line(kinds, tmp_path):
         server.close()
     for kind in kinds:
         some = [answer for answer in answers if answer["kind"] == kind]
-        print(kind, len(some), "refused", sum(answer["code"] == 2 for answer in some), "longest", max(a["seconds"] for a in some),
-              "largest", max(a["peak"] for a in some))  # fmt: skip
+        refused, longest = sum(a["code"] == 2 for a in some), max(a["seconds"] for a in some)
+        print(
+            f"{kind}: {len(some)}, {refused} refused, {longest:.1f} s, {max(a['peak'] for a in some):.0f} MiB at most"
+        )
     bad = [answer for answer in answers if not answer["good"]]
     assert not bad, "\n".join(map(str, bad[:10]))
     for kind in kinds:  # the damage is done, and is seen

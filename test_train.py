@@ -238,7 +238,7 @@ def test_eval_on_other_data_scores_every_row_with_the_trained_classes(digits_lik
     keep = data["label"] == 6  # one class only, which is the third of the student's
     np.savez(tmp_path / "one.npz", visual=data["visual"][keep], label=data["label"][keep])
     base = ["--stage", "eval", "--dataset", "features", "--out", digits_like[1], "--data"]
-    assert "40 all rows of other data" in run(capsys, *base, tmp_path / "one.npz")
+    assert "40 rows, all, as they are not the data" in run(capsys, *base, tmp_path / "one.npz")
     scored = json.loads((digits_like[1] / "eval.json").read_text())
     saved = torch.load(digits_like[1] / "fold0/student_mtpkdot.pt", weights_only=True)
     net = Student(Encoder(6, 16), TNet(16), Fusion(16, 3)).eval()
@@ -346,7 +346,7 @@ def test_missing_or_foreign_stages_are_named(digits_like, tmp_path, capsys):
         (["--levels", "BL1"], "--levels: BL1 is not two or more"),
         (["--batch-size", "1"], "--batch-size: the CCC of a single clip"),
         (["--lr-student", "1e30"], "seed 0, fold 0, stage student, mtpkdot, epoch 1, step "),
-        (["--eps", "1e-40"], "mtpkdot, epoch 1, step 1: eps = 1e-40 is too small"),
+        (["--eps", "1e-40"], "mtpkdot, epoch 1, step 1: ot: eps = 1e-40 is too small"),
         (["--folds", "61"], "60 people, too few for 61 folds"),
         (["--folds", "1"], "--folds: 1 is not at least 2"),
         (["--batch-size", "0"], "--batch-size: 0 is not at least 1"),

@@ -15,7 +15,8 @@ Reading order:
 Each stage saves a file a fold to --out, with weights, scores and history, and starts from the files of the
 stages before it. results.json and history.csv are only ever computed from these files. Every file carries a
 key of what it was made from, so that a student is never reported beside teachers it did not have. What is
-unfinished is saved after each epoch, and where a signal asks the run to stop; --resume goes on from there.
+unfinished is saved after each epoch, every ten minutes within it, and where a signal asks the run to stop;
+--resume goes on from there.
 """
 
 import argparse
@@ -35,6 +36,8 @@ import signal
 import statistics
 import sys
 import tempfile
+import threading
+import time
 import warnings
 import zlib
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
@@ -78,6 +81,7 @@ METHODS = ("mtpkdot", *VARIANTS, "pkdot", "mse", "cosine", "rkd", *REFERENCES)
 SHOWN = 240  # clips in similarity.png
 CHUNK = 4096  # rows of a forward pass where nothing is trained
 FORMAT = 1  # of the saved files
+SAVE_EVERY = 600  # seconds within an epoch, and at its end
 PASSING = ("out", "methods", "resume", "student", "predictions")  # arguments of a command, not of a run
 FREE = ("stage", "method", "fold", "workers", "data")  # a run's arguments that its later commands may change
 
@@ -223,25 +227,29 @@ def options(argv=None):
 def seed_everything(args, *where):
     """The randomness of a part of the run depends on --seed and on which part it is, not on what ran before.
 
-    All that is random draws from torch's generator, in this process: those that read raw data draw nothing.
+    All training draws from torch's generator on the CPU, in this process: those that read raw data draw nothing.
     """
     torch.manual_seed(zlib.crc32(repr((args.seed, *where)).encode()))
 
 
 def write(path, payload):
     """Text, bytes, or a dict for torch.save, by way of a temporary file: a killed run leaves no half file."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file() or not path.exists():  # not /dev/stdout
+            temporary = path.with_name(f"{path.name}.tmp")
         with open(temporary, "wb") as file:
             if isinstance(payload, dict):
                 torch.save({**payload, "format": FORMAT, "digest": fingerprint(payload)}, file)
             else:
-                file.write(payload.encode() if isinstance(payload, str) else payload)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+                file.write(payload.encode(errors="surrogateescape") if isinstance(payload, str) else payload)
+        if temporary != path:
+            os.replace(temporary, path)
+    except (OSError, RuntimeError, ValueError) as error:
+        if temporary != path:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         fail(f"{path}: cannot be written ({reason}); what was saved before is whole")
 
@@ -255,8 +263,8 @@ def read(path):
         version, digest_then = saved.pop("format"), saved.pop("digest")
         if version == FORMAT and digest_then != fingerprint(saved):
             raise ValueError("changed")
-    except FileNotFoundError:
-        fail(f"{path}: no such file")
+    except (FileNotFoundError, PermissionError) as error:
+        fail(f"{path}: {error.strerror.lower()}")
     except Exception as error:  # a damaged or foreign file can raise anything; its reader needs the name
         fail(f"{path}: damaged, or not a file of train.py's ({type(error).__name__}); remove it and make it again")
     if version != FORMAT:
@@ -299,22 +307,34 @@ def earlier(args, fold, stage, key):
     return saved
 
 
-def finish(args, fold, name, saved):
-    """Write the file of a stage, which makes those of its unfinished parts needless."""
+def kept(args, fold, name, key):
+    """What the file of a stage holds; None where there is none, or it was made from something else."""
     path = stage_file(args, fold, name)
-    write(path, {**saved, "arguments": described(args)})
-    for unfinished in path.parent.glob(f"unfinished_{name}[_.]*"):
-        unfinished.unlink(missing_ok=True)
+    if path.exists() and (saved := read(path))["key"] == key:
+        return saved
 
 
 def finished(args, fold, name, key):
     """Whether a resumed run has the file of this stage already."""
-    path = stage_file(args, fold, name)
-    if not (args.resume and path.exists() and read(path)["key"] == key):
+    saved = kept(args, fold, name, key) if args.resume else None
+    if saved is None:
         return False
+    refuse_others(stage_file(args, fold, name), saved["arguments"], described(args))
+    forget(args, fold, name)
     if processes()[0] == 0:
         print(f"seed {args.seed}  fold {fold}  {name:<19}  done before", flush=True)
     return True
+
+
+def finish(args, fold, name, saved):
+    """Write the file of a stage, which makes those of its unfinished parts needless."""
+    write(stage_file(args, fold, name), {**saved, "arguments": described(args)})
+    forget(args, fold, name)
+
+
+def forget(args, fold, name):
+    for unfinished in (args.out / f"fold{fold}").glob(f"unfinished_{name}[_.]*"):
+        unfinished.unlink(missing_ok=True)
 
 
 def described(args):
@@ -323,38 +343,46 @@ def described(args):
     return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
 
 
-def claim(args, data):
-    """Refuse a folder that holds files of a run of other arguments or data; else note those of this one in run.json."""
-    mine = {name: value for name, value in described(args).items() if name not in FREE}
-    mine["data"] = digest(data.visual, data.privileged, data.label)
-    path = args.out / "run.json"
-    if not path.exists() or not any(args.out.rglob("*.pt")):
-        return write(path, json.dumps(mine, indent=2) + "\n")
-    try:
-        theirs = dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        fail(f"{path}: damaged; remove it if the folder holds a run of the same arguments")
-    differ = [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
+def refuse_others(path, theirs, mine):
+    """End with a line that lists the arguments in which a saved run differs from this one, if any."""
+    differ = [name for name in {**theirs, **mine} if name not in FREE and theirs.get(name) != mine.get(name)]
     if differ:
         changes = (f"--{name.replace('_', '-')} ({theirs.get(name)}, now {mine.get(name)})" for name in differ)
-        fail(f"argument --out: {args.out} holds a run of other arguments: {', '.join(changes)}; name another folder")
+        fail(f"{path} is of a run of other arguments: {', '.join(changes)}; name another folder by --out")
+
+
+def claim(args, content):
+    """Refuse a folder that holds files of a run of other arguments or data; else note those of this one in run.json."""
+    mine = {**described(args), "data_digest": content}
+    path = args.out / "run.json"
+    if path.exists() and any(args.out.rglob("*.pt")):
+        try:
+            theirs = dict(json.loads(path.read_text()))
+        except Exception:  # anything that json and the disk may say
+            fail(f"{path}: damaged; remove it if the folder holds a run of the same arguments")
+        refuse_others(path, theirs, mine)
+    write(path, json.dumps(mine, indent=2) + "\n")
 
 
 # ---- signals ----------------------------------------------------------------------------------------
 
-SIGNALS = []  # Ctrl-C and SIGTERM, as they come: the run stops after the step that it is in
+STOPS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = []  # of those, what has come: the run stops after the step that it is in
 
 
-def note_signals(insist=True):
-    """From here on signals are noted; one that comes again ends the process at once, which damages no file, or is
-    noted again (not insist). Returns what was done with them before."""
+def note_signals(at_once=False, insist=False):
+    """From here on signals are noted. at_once: they also raise KeyboardInterrupt, where there is nothing to finish.
+    insist: one that comes again ends the process, which damages no file."""
 
     def note(number, frame):
         if insist and number in SIGNALS:
             os._exit(128 + number)
         SIGNALS.append(number)
+        if at_once:
+            raise KeyboardInterrupt
 
-    return {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in STOPS:
+        signal.signal(number, note)
 
 
 def stop_if_asked(args, shared=False):
@@ -493,21 +521,25 @@ def fit(args, where, key, network, rates, epochs, rows, loss_of, score_of, view=
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0 if args.lr_decay == "linear" else 1, epochs * batches)
     parts = {"network": network, "optimizer": optimizer, "decay": decay}
     path = stage_file(args, where[0], f"unfinished_{where[1]}_{where[2]}")
-    # The epoch it is in, with the steps done, its order of rows and sums of its terms; and what came of those before.
-    at = {"epoch": 1, "step": 0, "order": None, "sums": {}, "pulls": {}, "history": [], "best": None}
-    at.update(last=None, weights=None)
+    # Of the epoch it is in: the steps done, the order of rows, sums of the terms, gradients. And of those before.
+    at = {"epoch": 1, "step": 0, "order": None, "sums": {}, "pulls": {}}
+    at.update(history=[], best=None, last=None, weights=None)
     start = f"seed {args.seed}, fold {where[0]}, stage {where[1]}, {where[2]}"
     if path.exists():
         if args.resume:
-            at = go_on(path, key, at, parts, counts)
+            at = go_on(args, path, key, at, parts, counts)
         elif processes()[0] == 0:
             print(f"{path} is of a run that was stopped; it starts anew, as --resume was not given", flush=True)
 
+    saved_at = time.monotonic()
+
     def save():
-        now = {name: part.state_dict() for name, part in parts.items()}
-        random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if args.device == "cuda" else []}
+        nonlocal saved_at
+        saved_at = time.monotonic()
         if processes()[0] == 0:
-            write(path, {"key": key, "arguments": described(args), **at, **now, "random": random, "counts": counts})
+            now = {name: part.state_dict() for name, part in parts.items()}
+            now["random"] = torch.get_rng_state()  # the only generator that anything draws from, on CUDA too
+            write(path, {"key": key, "arguments": described(args), **at, **now, "counts": counts})
 
     try:
         while at["epoch"] <= epochs:
@@ -526,7 +558,7 @@ def fit(args, where, key, network, rates, epochs, rows, loss_of, score_of, view=
                 try:
                     terms, z = loss_of(batch, *x)
                 except ValueError as error:  # what Sinkhorn refuses, such as the embeddings of a diverged student
-                    fail(f"{place}: {error}")
+                    fail(f"{place}: ot: {error}; what was saved stays")
                 if z is not None and not at["pulls"]:
                     for name in [name for name in terms if name != "loss"]:
                         (gradient,) = torch.autograd.grad(terms[name], z, retain_graph=True)
@@ -543,8 +575,14 @@ def fit(args, where, key, network, rates, epochs, rows, loss_of, score_of, view=
                     at["sums"][name] = at["sums"].get(name, 0) + value * len(batch) / len(rows)
                 at["step"] += 1
                 stop_if_asked(args, shared)
+                if time.monotonic() - saved_at > SAVE_EVERY:
+                    save()
             network.eval()
+            if shared and processes()[1] > 1:
+                save()  # a signal may come to a process that the others wait for
             value = score_of()
+            if not math.isfinite(headline(value)):
+                fail(f"{start}, epoch {epoch}: its score on validation rows is {headline(value)}; what was saved stays")
             if at["best"] is None or headline(value) > headline(at["best"]):
                 at.update(best=value, weights=copy.deepcopy(network.state_dict()))
             when = dict(zip(("fold", "stage", "model"), where), epoch=epoch)
@@ -558,12 +596,14 @@ def fit(args, where, key, network, rates, epochs, rows, loss_of, score_of, view=
         save()
         raise
     network.load_state_dict(at["weights"])
+    network.eval()
     return {name: at[name] for name in ("best", "last", "history")}
 
 
-def go_on(path, key, at, parts, counts):
-    """Fill the parts of a fit, and the random generators, from its saved file; return where it was."""
+def go_on(args, path, key, at, parts, counts):
+    """Fill the parts of a fit, and the random generator, from its saved file; return where it was."""
     saved = read(path)
+    refuse_others(path, saved["arguments"], described(args))
     if saved["key"] != key:
         fail(f"{path} was made from other data, --folds, --seed, --dim or teachers: remove it to start this part anew")
     try:
@@ -571,9 +611,7 @@ def go_on(path, key, at, parts, counts):
             part.load_state_dict(saved[name])
     except (RuntimeError, ValueError, KeyError):
         fail(f"{path} is of other networks than these: remove it to start this part anew")
-    torch.set_rng_state(saved["random"]["cpu"])
-    if saved["random"]["cuda"]:
-        torch.cuda.set_rng_state_all(saved["random"]["cuda"])
+    torch.set_rng_state(saved["random"])
     if counts is not None:
         counts.copy_(saved["counts"])
     return {name: saved[name] for name in at}
@@ -631,12 +669,12 @@ def teachers(args, data, fold, train, val, key):
 
     seed_everything(args, fold, "tnet")
     tnet = TNet(args.dim).to(args.device)
-    variance = z_p.var(0, correction=0).mean()
+    variance = z_p.double().var(0, correction=0).mean().clamp_min(torch.finfo().tiny)
     fitted["tnet"] = fit(
         args, (fold, "teachers", "tnet"), key, tnet, [(tnet, args.lr_tnet)], args.epochs_tnet, train,
         lambda rows: ({"loss": mtpkdot.tnet_loss(tnet(z_v[rows]), z_p[rows], args.tnet_loss)}, None),
         # Scored by the share of the privileged embedding's variance that it explains.
-        lambda: (1 - over(val, lambda rows: tnet(z_v[rows]) - z_p[rows]).square().mean() / variance).item(),
+        lambda: (1 - over(val, lambda rows: tnet(z_v[rows]) - z_p[rows]).double().square().mean() / variance).item(),
     )  # fmt: skip
     weights["joint"], weights["tnet"] = joint.state_dict(), tnet.state_dict()
     finish(args, fold, "teachers", {
@@ -656,14 +694,14 @@ def restored(module, weights, args):
 
 def embedding(args, data, fold, view, weights, shared=False):
     """z (N, D) of all clips by a backbone of stage 1, from the file that keeps it or from the clips."""
-    source, path = getattr(data, view), stage_file(args, fold, f"embedding_{view}")
+    source = getattr(data, view)
     key = f"{digest(*weights.values())}-{stamp(source)}"
-    if path.exists() and (kept := read(path))["key"] == key:
-        return kept["z"].to(args.device)
+    if saved := kept(args, fold, f"embedding_{view}", key):
+        return saved["z"].to(args.device)
     encoder = restored(backbone(source[0].shape, args.dim, args.width), weights, args)
     z = embed(args, encoder, source, torch.arange(len(source)), shared)
     if processes()[0] == 0:
-        write(path, {"key": key, "z": z})
+        write(stage_file(args, fold, f"embedding_{view}"), {"key": key, "z": z})
     return z
 
 
@@ -829,7 +867,7 @@ def student(args, data, fold, train, val, key, method):
         "dataset": args.dataset,
         "task": data.task,
         "names": data.names,
-        "trained_on": digest(source, data.label),
+        "trained_on": digest(source),
         "val": val.cpu(),
     })  # fmt: skip
 
@@ -846,20 +884,20 @@ def read_student(path):
 
 def evaluate(args, data, path):
     """Score a saved student on visual input: on its fold's validation rows where `data` is what it was trained
-    with, on every row otherwise. Returns the score, or None without labels, the rows and the predictions."""
+    with, on every row otherwise. Returns the score (None without labels), what the file holds, rows, predictions."""
     saved = read_student(path)
     shape, names = list(data.visual[0].shape), saved["names"]
     if shape != saved["input_shape"]:
         fail(f"{path} is for input shape {saved['input_shape']}; the data has {shape}")
-    rows, kind = torch.arange(len(data.visual)), "all rows of other data"
+    rows, kind = torch.arange(len(data.visual)), "rows, all, as they are not the data that it was trained with"
+    if digest(data.visual) == saved["trained_on"]:
+        rows, kind = saved["val"], "validation rows of its own data"
     if data.label is not None:
         unknown = [name for name in data.names if name not in names]
         if data.task != saved["task"]:
             fail(f"{path} is for {saved['task']}; the data is {data.task}")
         if unknown or (data.task == "regression" and data.names != names):
             fail(f"{path} knows the labels {names}; the data has {unknown or data.names}")
-        if digest(data.visual, data.label) == saved["trained_on"]:
-            rows, kind = saved["val"], "validation rows of its own data"
         if data.task == "classification":
             index = torch.tensor([names.index(name) for name in data.names], device=args.device)
             data = data._replace(label=index[data.label])
@@ -867,13 +905,12 @@ def evaluate(args, data, path):
     print(f"{path}: {len(rows)} {kind}")
     z_v = embed(args, network.encoder, data.visual, rows)
     prediction = torch.cat([network.from_embedding(part)[1] for part in z_v.split(CHUNK)])
-    return None if data.label is None else score(data, prediction, rows), rows, prediction
+    return None if data.label is None else score(data, prediction, rows), saved, rows, prediction
 
 
 def evaluate_student(args, data):
     """Score the student of a file and write what it predicts."""
-    saved = read_student(args.student)
-    value, rows, prediction = evaluate(args, data, args.student)
+    value, saved, rows, prediction = evaluate(args, data, args.student)
     if args.predictions:
         header, table = ["name", *saved["names"]], prediction.tolist()
         if saved["task"] == "classification":
@@ -899,7 +936,7 @@ def evaluate_run(args, data):
         reports = json.loads(path.read_text())["folds"]
         trained = {report["fold"]: list(report["students"]) for report in reports}
         seeds = [report["seed"] for report in reports if "seed" in report]
-    except (OSError, ValueError, LookupError, TypeError):
+    except Exception:  # anything that json and the disk may say
         fail(f"{path} is damaged: run --stage student again")
     if seeds:
         fail(f"{path} is of several seeds: name the folder of one, --out {args.out}/seed{seeds[0]}")
@@ -934,8 +971,7 @@ def collect(args, data, keys):
         saved = {}
 
         def find(name, key):
-            path = stage_file(args, fold, name)
-            if path.exists() and (file := read(path))["key"] == key:
+            if file := kept(args, fold, name, key):
                 saved[name] = file
                 history.extend(file["history"])
             return saved.get(name, {"id": None, "scores": {}})
@@ -1151,6 +1187,9 @@ def run(args):
         print(f"train.py: left out, {message}", file=sys.stderr)
     tensors = {name: t.to(args.device) for name, t in data._asdict().items() if isinstance(t, torch.Tensor)}
     data = data._replace(**tensors)
+    note_signals(insist=True)
+    if args.predictions:
+        check_writable(args.predictions.parent, "predictions")
     if args.stage == "eval":
         return evaluate_student(args, data) if args.student else evaluate_run(args, data)
 
@@ -1160,11 +1199,7 @@ def run(args):
         data = data._replace(group=None)
     if data.task == "regression" and args.batch_size < 2:
         fail("argument --batch-size: the CCC of a single clip is always 0; use at least 2")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()
-    except OSError as error:
-        fail(f"argument --out: {args.out} cannot be written ({error.strerror})")
+    check_writable(args.out, "out")
     for view in VIEWS:
         if published := getattr(args, f"{view}_weights"):
             if not is_raw(getattr(data, view)):
@@ -1175,13 +1210,23 @@ def run(args):
     runs = [argparse.Namespace(**{**vars(args), "seed": seed, "out": out}) for seed, out in zip(seeds, folders)]
     parts = [split(one, data) for one in runs]
     if processes()[0] == 0:
-        claim(args, data)
+        content = digest(data.visual, data.privileged, data.label)
+        for one in (args, *runs):
+            claim(one, content)
     every = each_seed(runs, data, parts)
     if processes()[0] > 0:
         return
     reports = [{"seed": seed, **report} for seed, one in zip(seeds, every) for report in one["folds"]]
     show_results(args, data, every[0] if args.seeds == 1 else write_results(args, data, reports))
     draw(runs, every)
+
+
+def check_writable(folder, argument):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        fail(f"argument --{argument}: {folder} cannot be written ({error.strerror})")
 
 
 def split(args, data):
@@ -1207,7 +1252,9 @@ def each_seed(runs, data, parts):
         return [run_seed(*one) for one in zip(runs, itertools.repeat(data), parts)]
     settings = {"mp_context": multiprocessing.get_context("spawn"), "initializer": one_of_many}
     with ProcessPoolExecutor(jobs, initargs=((os.cpu_count() or 1) // jobs,), **settings) as pool:
-        running = [pool.submit(run_apart, *one) for one in zip(runs, itertools.repeat(data), parts)]
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # until the new processes, which inherit it, are ready for them
+        running = [pool.submit(run_seed, *one) for one in zip(runs, itertools.repeat(data), parts)]
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         try:
             pending = running
             while pending:
@@ -1220,28 +1267,21 @@ def each_seed(runs, data, parts):
         finally:
             for process in multiprocessing.active_children():
                 process.terminate()  # where one has failed or was stopped, the others finish their step, save and go
-        results = [job.result() for job in running]
-    if None in results:
-        SIGNALS.append(signal.SIGTERM)  # which came to the process of a seed alone
-        stop_if_asked(runs[0])
-    return results
+    return [job.result() for job in running]
 
 
 def one_of_many(threads):
     torch.set_num_threads(threads)
     plain_warnings()
-    note_signals(insist=False)  # they come from the terminal and from the first process, too
-
-
-def run_apart(args, data, parts):
-    """run_seed in a process that, once asked to stop, leaves what it would be given next."""
-    with contextlib.suppress(KeyboardInterrupt):
-        stop_if_asked(args)
-        return run_seed(args, data, parts)
+    note_signals()  # they come from the terminal and from the first process, too
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    # Without the first process there is nobody to work for, and somebody may resume what it did.
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def run_seed(args, data, parts):
     """All folds with one seed; the results."""
+    stop_if_asked(args)
     # What each fold's stage 1 is made from, besides its hyper-parameters.
     content = f"{digest(data.visual, data.privileged, data.label)}-{args.seed}-{args.dim}-{args.width}"
     keys, results = [f"{content}-{digest(train)}" for train, _ in parts], None
@@ -1274,22 +1314,28 @@ def main(argv=None):
         # The first process trains the students of a fold before all train the teachers of the next.
         distributed.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(days=1))
     first = int(os.environ.get("RANK", 0)) == 0
-    before = note_signals()
+    before = {number: signal.getsignal(number) for number in STOPS}
+    note_signals(at_once=True)
     try:
         if several or first:
             with contextlib.redirect_stdout(sys.stdout if first else io.StringIO()):
                 run(args)
     except DataError as error:
         fail(error)
-    except (KeyboardInterrupt, RuntimeError):  # the second where other processes have stopped before this one
-        if not SIGNALS:
+    except OSError as error:  # what may not be read, or a full disk or a closed pipe under the standard output
+        if not error.filename:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where what is still to be printed can go
+        fail(f"{error.filename or 'standard output'}: {error.strerror}")
+    except (KeyboardInterrupt, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not (several and SIGNALS):  # others have stopped, which this one awaits
             raise
         if first:
-            command = shlex.join(["python", "train.py", *(argv or sys.argv[1:])])
-            again = command if args.resume else f"{command} --resume"
+            command = ["torchrun ... train.py"] if several else ["python train.py"]
+            command += [shlex.quote(part) for part in argv or sys.argv[1:]]
+            again = " ".join(command + ["--resume"] * (not args.resume))
             saved = "" if args.stage == "eval" else f"; what was done is saved. To go on: {again}"
             print(f"train.py: stopped{saved}", file=sys.stderr)
-        raise SystemExit(128 + SIGNALS[0]) from None
+        raise SystemExit(128 + (SIGNALS or STOPS[1:])[0]) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
