@@ -15,6 +15,7 @@ from scipy import stats
 import train
 from models import Encoder, Fusion, ResNet18, Student, TNet
 
+sys.modules["matplotlib"] = None  # for time: one test, in test_resume.py, draws
 SMALL = ["--dim", "16", "--epochs", "2", "--device", "cpu"]
 VARIANTS = ["mtpkdot-unaligned", "mtpkdot-no-centroid", "mtpkdot-joint", "mtpkdot-visual", "mtpkdot-privileged"]
 METHODS = ["mtpkdot", *VARIANTS, "pkdot", "mse", "cosine", "rkd", "task", "visual"]

@@ -83,7 +83,7 @@ CHUNK = 4096  # rows of a forward pass where nothing is trained
 FORMAT = 1  # of the saved files
 SAVE_EVERY = 600  # seconds within an epoch, and at its end
 PASSING = ("out", "methods", "resume", "student", "predictions")  # arguments of a command, not of a run
-FREE = ("stage", "method", "fold", "workers", "data")  # a run's arguments that its later commands may change
+FREE = ("stage", "method", "fold", "seeds", "workers", "data")  # a run's arguments that its later commands may change
 
 # Defaults of the options --epochs-NAME, --lr-NAME and --w-NAME: those of the study in README, or the released code's.
 # None: 30 epochs for the backbones of raw data and 100 for those of vectors; pkdot's as the student's.
