@@ -1188,7 +1188,7 @@ def run(args):
     tensors = {name: t.to(args.device) for name, t in data._asdict().items() if isinstance(t, torch.Tensor)}
     data = data._replace(**tensors)
     note_signals(insist=True)
-    if args.predictions:
+    if args.predictions and not args.predictions.exists():
         check_writable(args.predictions.parent, "predictions")
     if args.stage == "eval":
         return evaluate_student(args, data) if args.student else evaluate_run(args, data)
@@ -1208,12 +1208,11 @@ def run(args):
     seeds = range(args.seed, args.seed + args.seeds)
     folders = [args.out / f"seed{seed}" if args.seeds > 1 else args.out for seed in seeds]
     runs = [argparse.Namespace(**{**vars(args), "seed": seed, "out": out}) for seed, out in zip(seeds, folders)]
-    parts = [split(one, data) for one in runs]
+    parts, content = [split(one, data) for one in runs], digest(data.visual, data.privileged, data.label)
     if processes()[0] == 0:
-        content = digest(data.visual, data.privileged, data.label)
         for one in (args, *runs):
             claim(one, content)
-    every = each_seed(runs, data, parts)
+    every = each_seed(list(zip(runs, itertools.repeat(data), itertools.repeat(content), parts)))
     if processes()[0] > 0:
         return
     reports = [{"seed": seed, **report} for seed, one in zip(seeds, every) for report in one["folds"]]
@@ -1245,21 +1244,22 @@ def split(args, data):
     return [tuple(torch.from_numpy(rows).to(args.device) for rows in part) for part in parts]
 
 
-def each_seed(runs, data, parts):
+def each_seed(runs):
     """run_seed of each, on the CPU as many at a time as there are cores: networks this small need no more than one."""
-    jobs = min(len(runs), os.cpu_count() or 1) if runs[0].device == "cpu" and processes()[1] == 1 else 1
+    args = runs[0][0]
+    jobs = min(len(runs), os.cpu_count() or 1) if args.device == "cpu" and processes()[1] == 1 else 1
     if jobs == 1:
-        return [run_seed(*one) for one in zip(runs, itertools.repeat(data), parts)]
+        return [run_seed(*one) for one in runs]
     settings = {"mp_context": multiprocessing.get_context("spawn"), "initializer": one_of_many}
     with ProcessPoolExecutor(jobs, initargs=((os.cpu_count() or 1) // jobs,), **settings) as pool:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # until the new processes, which inherit it, are ready for them
-        running = [pool.submit(run_seed, *one) for one in zip(runs, itertools.repeat(data), parts)]
+        running = [pool.submit(run_seed, *one) for one in runs]
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         try:
             pending = running
             while pending:
                 done, pending = wait(pending, timeout=1, return_when=FIRST_EXCEPTION)
-                stop_if_asked(runs[0])
+                stop_if_asked(args)
                 for job in done:
                     job.result()
         except BrokenProcessPool:
@@ -1279,12 +1279,12 @@ def one_of_many(threads):
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-def run_seed(args, data, parts):
-    """All folds with one seed; the results."""
+def run_seed(args, data, content, parts):
+    """All folds with one seed; the results. content: a digest of the data."""
     stop_if_asked(args)
     # What each fold's stage 1 is made from, besides its hyper-parameters.
-    content = f"{digest(data.visual, data.privileged, data.label)}-{args.seed}-{args.dim}-{args.width}"
-    keys, results = [f"{content}-{digest(train)}" for train, _ in parts], None
+    keys = [f"{content}-{args.seed}-{args.dim}-{args.width}-{digest(train)}" for train, _ in parts]
+    results = None
     for fold in range(len(parts)) if args.fold is None else [args.fold]:
         (train, val), key = parts[fold], keys[fold]
         if args.stage in ("all", "teachers"):
@@ -1325,7 +1325,7 @@ def main(argv=None):
     except OSError as error:  # what may not be read, or a full disk or a closed pipe under the standard output
         if not error.filename:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where what is still to be printed can go
-        fail(f"{error.filename or 'standard output'}: {error.strerror}")
+        fail(f"{error.filename or 'reading or writing'}: {error.strerror or error}")
     except (KeyboardInterrupt, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not (several and SIGNALS):  # others have stopped, which this one awaits
             raise
