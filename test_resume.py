@@ -154,7 +154,7 @@ def test_killed_at_any_moment_it_resumes_to_the_same_results(small, forks, tmp_p
     with ThreadPoolExecutor(len(idle)) as pool:
         places = list(pool.map(killed, range(KILLS)))
     print(places)
-    assert len(set(places)) > KILLS / 4  # in one stage and another
+    assert len(set(places)) >= 5  # in one stage and another
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
