@@ -111,8 +111,8 @@ def features(path, need_privileged=True, need_label=True):
         privileged  (N, ...) numbers             split  (N,), optional: "train" or "val"
         label       (N,) integers: classes, or (N, K) floats: K regressed values
 
-    need_privileged=False reads a file without `privileged`, and ignores it where it is there; need_label=False reads
-    one without `label`, group and split.
+    need_privileged=False reads a file without `privileged`, and ignores it where it is there; need_label=False takes
+    one without `label`, too.
     """
     needed = ["visual"] + ["label"] * need_label + ["privileged"] * need_privileged
     arrays = _read_npz(path, needed, ["label", "group", "split"])
@@ -535,7 +535,8 @@ def affwild2(root="data/affwild2", need_privileged=True, stride=1, skipped=None,
     if need_label:
         files = [(file, part) for part in parts for file in sorted((root / "annotations" / part).glob("*.txt"))]
     else:
-        files = [(Path(f"{name}.txt"), "") for name in sorted(os.listdir(root / "cropped_aligned"))]
+        videos = sorted(path.name for path in (root / "cropped_aligned").iterdir() if path.is_dir())
+        files = [(Path(f"{video}.txt"), "") for video in videos]
     folders, sounds, of, frames, ends, labels, split, empty = [], [], [], [], [], [], [], []
     for file, part in files:
         folder = root / "cropped_aligned" / file.stem
