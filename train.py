@@ -2,7 +2,8 @@
 
 Reading order:
     options             what can be set; the defaults are the method's
-    files and scores    small helpers
+    files               what is saved and when it may be used again
+    signals, scores     small helpers
     backbones           what embeds a view, in one process or in several
     fit                 the one training loop: every network below goes through it
     teachers            stage 1: both backbones, the joint teacher, T-Net
