@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 DEFAULT_FOLDS = 5
 SAMPLE_RATE = 44_100  # of the sound that log_mel takes, in Hz
 SIGNAL_RATE = 512  # of BioVid's signals, in Hz
+QUIET = {"over": "ignore", "invalid": "ignore"}  # numpy's warnings where what is not finite is refused next
 BIOVID_LEVELS = ("BL1", "PA1", "PA2", "PA3", "PA4")
 BIOVID_SIGNALS = ("gsr", "ecg", "emg_trapezius", "emg_corrugator", "emg_zygomaticus")
 
@@ -156,7 +157,7 @@ def _read_npz(path, needed, optional):
 def _numbers(path, key, array):
     if array.dtype.kind not in "biuf" or array.size == 0:
         raise DataError(f"{path}: {key} must hold numbers, not {array.dtype} of shape {array.shape}")
-    with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which is refused below
+    with np.errstate(**QUIET):
         values = torch.from_numpy(array.astype(np.float32))
     values = values.flatten(1) if values.dim() > 1 else values.unsqueeze(1)
     bad = ~values.isfinite().all(1)
@@ -304,7 +305,8 @@ class Sounds(Dataset):
         rate, samples = read_wav(self.files[self.of[i]])
         stop = round(self.end[i] * len(samples))
         sound = samples[max(stop - rate, 0) : stop]
-        sound = sound.mean(axis=1) if sound.ndim > 1 else sound.astype(np.float64)
+        with np.errstate(**QUIET):
+            sound = sound.mean(axis=1, dtype=np.float64) if sound.ndim > 1 else sound.astype(np.float64)
         kind = samples.dtype
         if kind.kind in "iu":  # to [-1, 1]; 8 bit is unsigned around 128
             sound = (sound - (128 if kind == np.uint8 else 0)) / 2.0 ** (8 * kind.itemsize - 1)
@@ -347,7 +349,8 @@ class Signals(Dataset):
                 f"{path}: {self.signal} needs {5 * SIGNAL_RATE} numbers (5 s); it has {len(values)} or holds NaN"
             )
         values = values[2 * SIGNAL_RATE : 5 * SIGNAL_RATE]
-        power = spectrogram(values, SIGNAL_RATE, nperseg=16, noverlap=4, nfft=128)[2]
+        with np.errstate(**QUIET):
+            power = spectrogram(values, SIGNAL_RATE, nperseg=16, noverlap=4, nfft=128)[2]
         return _finite(torch.from_numpy(power).float().unsqueeze(0), path)
 
     def key(self):

@@ -517,6 +517,26 @@ def test_wav_with_24_bits_and_metadata(tmp_path):
     assert data_module.SAMPLE_RATE == 44_100
 
 
+@pytest.mark.filterwarnings("error")
+def test_numbers_too_large_are_refused_in_one_line(tmp_path):
+    """Float samples and signals whose mean, cast or power is not finite: the refusal, no warning of numpy's before it."""
+    bits = np.random.default_rng(0).integers(0, 256, 128_000, dtype=np.uint8)
+    for samples in (
+        bits.view("<f4"),
+        bits.view("<f4").reshape(-1, 2),
+        bits.view("<f8"),
+        bits.view("<f8").reshape(-1, 2),
+    ):
+        wavfile.write(tmp_path / "a.wav", 8_000, samples)
+        with pytest.raises(DataError, match="a.wav: holds NaN, infinite or too large"):
+            data_module.Sounds([tmp_path / "a.wav"], np.array([0]), np.array([1.0]))[0]
+    for value in ("1e308", "1e200", "1e30"):
+        lines = [f"{i}\t{'-' if i % 2 else ''}{value}" for i in range(2_816)]
+        (tmp_path / "a.csv").write_text("\n".join(["time\tgsr", *lines]))
+        with pytest.raises(DataError, match="a.csv: holds NaN, infinite or too large"):
+            data_module.Signals([tmp_path / "a.csv"], "gsr")[0]
+
+
 # ---- memory -------------------------------------------------------------------------------------------
 
 

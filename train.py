@@ -225,14 +225,6 @@ def options(argv=None):
 # ---- files -----------------------------------------------------------------------------------------
 
 
-def seed_everything(args, *where):
-    """The randomness of a part of the run depends on --seed and on which part it is, not on what ran before.
-
-    All training draws from torch's generator on the CPU, in this process: those that read raw data draw nothing.
-    """
-    torch.manual_seed(zlib.crc32(repr((args.seed, *where)).encode()))
-
-
 def write(path, payload):
     """Text, bytes, or a dict for torch.save, by way of a temporary file: a killed run leaves no half file."""
     temporary = path
@@ -500,6 +492,14 @@ def embed(args, network, view, rows, shared=False):
 
 
 # ---- the one training loop --------------------------------------------------------------------------
+
+
+def seed_everything(args, *where):
+    """The randomness of a part of the run depends on --seed and on which part it is, not on what ran before.
+
+    All training draws from torch's generator on the CPU, in this process: those that read raw data draw nothing.
+    """
+    torch.manual_seed(zlib.crc32(repr((args.seed, *where)).encode()))
 
 
 def fit(args, where, key, network, rates, epochs, rows, loss_of, score_of, view=None, shared=False, counts=None):
@@ -905,7 +905,7 @@ def evaluate(args, data, path):
     network = load_student(saved).to(args.device)
     print(f"{path}: {len(rows)} {kind}")
     z_v = embed(args, network.encoder, data.visual, rows)
-    prediction = torch.cat([network.from_embedding(part)[1] for part in z_v.split(CHUNK)])
+    prediction = over(z_v, lambda z: network.from_embedding(z)[1])
     return None if data.label is None else score(data, prediction, rows), saved, rows, prediction
 
 
@@ -1211,7 +1211,7 @@ def run(args):
     runs = [argparse.Namespace(**{**vars(args), "seed": seed, "out": out}) for seed, out in zip(seeds, folders)]
     parts, content = [split(one, data) for one in runs], digest(data.visual, data.privileged, data.label)
     if processes()[0] == 0:
-        for one in (args, *runs):
+        for one in {one.out: one for one in (args, *runs)}.values():  # a single seed's folder is the run's
             claim(one, content)
     every = each_seed(list(zip(runs, itertools.repeat(data), itertools.repeat(content), parts)))
     if processes()[0] > 0:
