@@ -519,7 +519,7 @@ def test_wav_with_24_bits_and_metadata(tmp_path):
 
 @pytest.mark.filterwarnings("error")
 def test_numbers_too_large_are_refused_in_one_line(tmp_path):
-    """Float samples and signals whose mean, cast or power is not finite: the refusal, no warning of numpy's before it."""
+    """Float samples and signals whose mean, cast or power is not finite are refused, without a warning of numpy's."""
     bits = np.random.default_rng(0).integers(0, 256, 128_000, dtype=np.uint8)
     for samples in (
         bits.view("<f4"),
