@@ -353,6 +353,13 @@ def random_problem(seed):
     return C, a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True), scale * 10 ** g.uniform(-4, 1), g
 
 
+def value_or_warning(*problem, **settings):
+    """The value, and whether there was a warning that the iteration has not converged."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        return entropic_ot(*problem, **settings), len(caught) > 0
+
+
 PROBLEMS = int(os.environ.get("SINKHORN_PROBLEMS", 2000))
 
 
@@ -363,14 +370,16 @@ def test_random_problems(part):
     for seed in range(part, PROBLEMS, 10):
         C, a, b, eps, g = random_problem(seed)
         spread, settings = float(C.max() - C.min()), {"eps": eps, "tol": 1e-4, "max_iter": 300}
+        rows, columns = g.permutation(C.shape[-2]), g.permutation(C.shape[-1])
+        permuted = C[..., rows, :][..., columns], a[..., rows], b[..., columns]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             got, value = sinkhorn_potentials(C, a, b, **settings), entropic_ot(C, a, b, **settings)
-            back = entropic_ot(C.mT, b, a, **settings)
-            rows, columns = g.permutation(C.shape[-2]), g.permutation(C.shape[-1])
-            permuted = entropic_ot(C[..., rows, :][..., columns], a[..., rows], b[..., columns], **settings)
-            raised = entropic_ot(C + spread, a, b, **settings) - spread
-        assert all(bool(t.isfinite().all()) for t in (got.f, got.g, got.error, value, back, permuted, raised)), seed
+        others = [(C.mT, b, a), permuted, (C + spread, a, b)]
+        others = [value_or_warning(*other, **settings) for other in others]
+        others[2][0].sub_(spread)
+        finite = [got.f, got.g, got.error, value, *(other for other, _ in others)]
+        assert all(bool(t.isfinite().all()) for t in finite), seed
         f, g_, C64, a64, b64 = (t.double() for t in (got.f, got.g, C, a, b))
         log_P = (f.unsqueeze(-1) + g_.unsqueeze(-2) - C64) / eps + a64.log().unsqueeze(-1) + b64.log().unsqueeze(-2)
         P = log_P.exp()
@@ -382,8 +391,9 @@ def test_random_problems(part):
             continue
         # A marginal error of tol moves the value by no more than tol times the spread of the potentials.
         slack = 1e-4 * 4 * (spread + eps) + 1e-5 * float(C.abs().max())
-        for other in (back, permuted, raised):
-            assert float((other - value).abs().max()) <= slack, seed
+        for other, warned in others:
+            assert warned or float((other - value).abs().max()) <= slack, seed
+            unsolved += warned / 3
         independent = (C64 * a64.unsqueeze(-1) * b64.unsqueeze(-2)).sum((-2, -1))
         assert bool((value <= independent + slack).all()) and bool((value >= C64.amin((-2, -1)) - slack).all()), seed
     assert unsolved <= 0.2 * PROBLEMS / 10
@@ -558,25 +568,25 @@ def test_not_converging_warns_once_with_the_error_and_without_nan():
 
 C34 = torch.ones(3, 4)
 BAD = [
-    (dict(C=torch.ones(3)), "C must be non-empty"),
-    (dict(C=torch.ones(0, 4)), "C must be non-empty"),
-    (dict(C=np.ones((3, 4))), "C must be a floating point torch tensor"),
-    (dict(C=torch.ones(3, 4, dtype=torch.long)), "C must be a floating point torch tensor"),
+    (dict(C=torch.ones(3)), "C must be a non-empty"),
+    (dict(C=torch.ones(0, 4)), "C must be a non-empty"),
+    (dict(C=np.ones((3, 4))), "C must be a non-empty floating point tensor of 2 dimensions"),
+    (dict(C=torch.ones(3, 4, dtype=torch.long)), "C must be a non-empty floating point tensor of 2 dimensions"),
     (dict(C=torch.tensor([[1, math.nan]])), "C holds NaN or infinite"),
     (dict(C=torch.tensor([[1, math.inf]])), "C holds NaN or infinite"),
-    (dict(C=C34, a=torch.ones(4) / 4), "a has shape"),
-    (dict(C=C34, a=torch.ones(1)), "a has shape"),
-    (dict(C=C34, b=torch.ones(2, 4) / 4), "b has shape"),
-    (dict(C=C34.expand(5, 3, 4), b=torch.ones(2, 4) / 4), "b has shape"),
+    (dict(C=C34, a=torch.ones(4) / 4), "a must be >= 0, with a positive total and of shape"),
+    (dict(C=C34, a=torch.ones(1)), "a must be >= 0, with a positive total and of shape"),
+    (dict(C=C34, b=torch.ones(2, 4) / 4), "b must be >= 0, with a positive total and of shape"),
+    (dict(C=C34.expand(5, 3, 4), b=torch.ones(2, 4) / 4), "b must be >= 0, with a positive total and of shape"),
     (dict(C=C34, a=torch.tensor([0.5, 1, -0.5])), "a must be >= 0"),
-    (dict(C=C34, b=torch.zeros(4)), "b must be >= 0 with a positive total"),
+    (dict(C=C34, b=torch.zeros(4)), "b must be >= 0, with a positive total"),
     (dict(C=C34, b=torch.tensor([0.5, 0.5, math.nan, 0])), "b holds NaN"),
     (dict(C=C34, a=torch.ones(3)), "equal total mass, not 3 and 1"),
     (dict(C=C34, eps=0), "eps must be positive"),
     (dict(C=C34, eps=-1), "eps must be positive"),
     (dict(C=C34, eps=math.nan), "eps must be positive"),
     (dict(C=C34, eps=1e-42), "eps = 1e-42 is too small"),
-    (dict(C=C34, tol=-1), "tol must be >= 0"),
+    (dict(C=C34, tol=-1), "tol >= 0"),
     (dict(C=C34, max_iter=0), "max_iter >= 1"),
 ]
 
@@ -592,11 +602,11 @@ def test_bad_clouds_are_named():
     x = torch.ones(3, 2)
     for arguments, message in [
         ((x, torch.ones(3, 4)), "points of one dimension"),
-        ((x, torch.ones(3)), "y must be non-empty"),
+        ((x, torch.ones(3)), "y must be a non-empty"),
         ((x, x * math.inf), "y holds NaN or infinite"),
-        ((x, x * 1e30), "x and y lie too far apart"),
-        ((x, x, torch.ones(2) / 2), "a has shape"),
-        ((x, x, None, None, 3), "p must be 1 or 2"),
+        ((x, x * 1e30), "too small for costs as large as"),
+        ((x, x, torch.ones(2) / 2), "a must be >= 0, with a positive total and of shape"),
+        ((x, x, None, None, 3), "p be 1 or 2"),
     ]:
         with pytest.raises(ValueError, match=message):
             sinkhorn_divergence(*arguments)
