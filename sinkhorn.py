@@ -252,7 +252,7 @@ def _solve(cost, a, b, low, high, eps, tol, max_iter, same=False):
             f, g, (p, q), sweeps = f + p.log(), g + q.log(), ones, 0
             make_kernel(f, g, eps)
             continue
-        sweeps, most = min(max(4, n_iter // 2), most, max_iter - n_iter), min(2 * most, 100)
+        sweeps, most = min(max(3, n_iter // 2), most, max_iter - n_iter), min(2 * most, 100)
         old, old_logs, old_mean, old_worst = (p, q), logs, mean, worst
         (p, q), n_iter = swept(p, q, r, sweeps, omega), n_iter + sweeps
 
