@@ -159,7 +159,8 @@ def _of_clouds(x, y, a, b, p, debias, *settings):
         high = sum(math.sqrt(2 * float(half.max())) for half in (x_half, y_half)) ** p / p  # from end to end
         potentials, value, P = _solve(cost, a, b, 0.0, high, *settings, same=x is y)
         for rows in blocks if p == 1 else ():
-            P[..., rows, :].div_(cost(rows).where(cost(rows) > 0, math.inf))
+            distance = cost(rows)
+            P[..., rows, :].div_(distance.where(distance > 0, math.inf))
         of_x = P.sum(-1, True) * x - P @ y
         of_y = of_x if x is y else P.sum(-2, True).mT * y - P.mT @ x
         return potentials, (value, potentials.f, potentials.g, of_x, of_y)

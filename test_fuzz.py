@@ -1,6 +1,6 @@
 """Damaged input of every kind: success, or one clear line and exit code 2; never a trace, 10 seconds or 2 GiB.
 
-FUZZ=3000 python -m pytest test_fuzz.py feeds more of it.
+The 300 inputs are the same every time; FUZZ=3000 python -m pytest test_fuzz.py feeds as many new ones.
 """
 
 import io
@@ -218,7 +218,7 @@ def kinds(tmp_path_factory):
 
 
 def test_damaged_input_is_success_or_one_line(kinds, tmp_path):
-    seed = random.randrange(2**32)
+    seed = random.randrange(2**32) if "FUZZ" in os.environ else 0
     print("seed", seed)
     cases = [kind for kind, (share, *_) in kinds.items() for _ in range(round(share * COUNT / 300))]
     idle = [Forks(), Forks()]
