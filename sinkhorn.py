@@ -131,8 +131,10 @@ def _of_clouds(x, y, a, b, p, debias, *settings):
     """List of Potentials, value (...,), and its gradients in a, b, x and y."""
     _check("x", x, 2)
     _check("y", y, 2, x)
-    if x.shape[-1] != y.shape[-1] or p not in (1, 2):
-        raise ValueError(f"x and y must hold points of one dimension, not {x.shape[-1]} and {y.shape[-1]}; p be 1 or 2")
+    if x.shape[-1] != y.shape[-1]:
+        raise ValueError(f"x and y must hold points of one dimension, not {x.shape[-1]} and {y.shape[-1]}")
+    if p not in (1, 2):
+        raise ValueError(f"p must be 1 or 2, not {p!r}")
     leading = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     a, b = _weights(a, b, leading + x.shape[-2:-1], leading + y.shape[-2:-1], x, y)
     x, y = (z.to(a.dtype).expand(leading + z.shape[-2:]) for z in (x, y))
@@ -165,11 +167,13 @@ def _of_clouds(x, y, a, b, p, debias, *settings):
         of_y = of_x if x is y else P.sum(-2, True).mT * y - P.mT @ x
         return potentials, (value, potentials.f, potentials.g, of_x, of_y)
 
-    pairs, small = [(x, y, a, b), (x, x, a, a), (y, y, b, b)], x.shape == y.shape and a.numel() * b.shape[-1] <= BLOCK
-    if small:  # both clouds to themselves at once
+    pairs, small = [(x, y, a, b)], x.shape == y.shape and a.numel() * b.shape[-1] <= BLOCK
+    if debias and small:  # both clouds to themselves at once
         z, w = torch.stack([x, y]), torch.stack([a, b])
-        pairs[1:] = [(z, z, w, w)]
-    solved, ((value, f, g, of_x, of_y), *own) = zip(*(between(*pair) for pair in (pairs if debias else pairs[:1])))
+        pairs += [(z, z, w, w)]
+    elif debias:
+        pairs += [(x, x, a, a), (y, y, b, b)]
+    solved, ((value, f, g, of_x, of_y), *own) = zip(*(between(*pair) for pair in pairs))
     if debias:  # of a cloud to itself f is g, and the gradients are the same
         (value_x, f_x, _, of_xx, _), (value_y, f_y, _, of_yy, _) = zip(*own[0]) if small else own
         value, f, g = value - (value_x + value_y) / 2, f - f_x, g - f_y
