@@ -602,6 +602,7 @@ def test_bad_clouds_are_named():
     x = torch.ones(3, 2)
     for arguments, message in [
         ((x, torch.ones(3, 4)), "points of one dimension"),
+        ((x.expand(5, 3, 2), x.expand(4, 3, 2)), "and broadcast, not .5, 3, 2. and .4, 3, 2."),
         ((x, torch.ones(3)), "y must be a non-empty"),
         ((x, x * math.inf), "y holds NaN or infinite"),
         ((x, x * 1e30), "too small for costs as large as"),
