@@ -180,9 +180,9 @@ def _solve(cost, a, b, low, high, eps, tol, max_iter, same=False):
     f is g. The kernel K_ij = b_j exp((f_i + g_j - C_ij) / eps) is made from potentials in the log domain, where nothing
     overflows. Sweeps scale its rows by p and its columns by q, which is matrix products, until the rows sum to 1 and
     the columns, weighted by a, to b; where p and q grow large they go into f and g, and K is made afresh. The first
-    potentials come from larger eps, a sweep each. Half steps overshoot by omega, tuned to the observed rate; where the
-    error doubled (that of exact half steps never grows) they are taken back. Source: stabilised scaling, Schmitzer
-    (2019); overrelaxation, Thibault et al. (2017), Young (1954); averaged half steps, Feydy et al. (2019).
+    potentials come from larger eps, a sweep each: from zeros all of K might vanish. Half steps overshoot by omega,
+    tuned to the observed rate; where the error doubled (that of exact half steps never grows) they are taken back.
+    Source: stabilised scaling, Schmitzer (2019); overrelaxation, Thibault et al. (2017), Young (1954); averaging, Feydy (2019).
     """
     dtype, n, largest = a.dtype, a.shape[-1], max(abs(low), abs(high), high - low)
     if not (0 < eps < math.inf and tol >= 0 and max_iter >= 1):
@@ -198,6 +198,7 @@ def _solve(cost, a, b, low, high, eps, tol, max_iter, same=False):
     w, v = a / mass, (b / b.sum(-1, True)).clamp_min(1e-30)  # zeros, too, have potentials
     both, log_b, ones = torch.cat([w, v], -1), (v * mass).log(), (torch.ones_like(w), torch.ones_like(v))
     K, least = a.new_empty(a.shape[:-2] + (n, b.shape[-1])), math.log(tiny) + 1  # exp of less is slow
+    reach = -least / 4  # of log p and log q: within it, entries of K that were raised to exp(least) count nothing
 
     def make_kernel(h, eps):
         """K of the potentials f and g, in units of eps and one after the other in h. Returns its row sums."""
@@ -228,19 +229,19 @@ def _solve(cost, a, b, low, high, eps, tol, max_iter, same=False):
     while True:
         r, logs = q @ K.mT, torch.cat([p, q], -1).log()
         rows = w * p * r
-        error = vector_norm(rows - w, 1, -1, True) * (2 if same else 1)  # else columns are exact
+        error = vector_norm(rows - w, 1, -1, True) + vector_norm(q * ((w * p) @ K) - v, 1, -1, True)
         worst, extent = torch.stack([error, vector_norm(logs, math.inf, -1, True)]).flatten(1).amax(1).tolist()
-        if sweeps * omega > 1 and not (worst <= 2 * old_worst and extent < 80):
+        if sweeps * omega > 1 and not (worst <= 2 * old_worst and extent < 3.7 * reach):
             (p, q), omega, old_worst, sweeps = old, 1, math.inf, sweeps // 8
             continue
-        if n_iter >= max_iter or worst <= tol:
+        if n_iter >= max_iter or (worst <= tol and extent <= reach):
             break
         if 0 < worst < old_worst < math.inf:
             # Young: the plain iteration's rate is rho, and the best omega 2 / (1 + sqrt(1 - rho)); 2 never converges.
             rate = max((worst / old_worst) ** (1 / sweeps), omega - 1)
             rho = min(1, (rate + omega - 1) ** 2 / (rate * omega**2))
             omega = min(1.99, max(omega, 2 / (1 + math.sqrt(1 - rho))))
-        if extent > 20:
+        if extent > reach:
             h, (p, q) = h + logs, ones
             r = make_kernel(h, eps)
         sweeps = min(max(3, n_iter // 2), 2 * sweeps or 1, 100, max_iter - n_iter)
@@ -253,7 +254,7 @@ def _solve(cost, a, b, low, high, eps, tol, max_iter, same=False):
     # The value's last term is zero at the optimum; with it, rounding in f and g counts in second order only.
     value, shift = eps * mass * (total - (rows.sum(-1, True) - 1)), total / 2 - mean_f
     f, g = ((h[..., :n] + shift) * eps).to(dtype), ((h[..., n:] - shift) * eps).to(dtype)
-    if rounded:  # measure what is returned
+    if rounded or extent > reach:  # measure what is returned
         (p, q), r = ones, make_kernel(torch.cat([f, g], -1).double() / eps, eps)
         error = vector_norm(w * r - w, 1, -1, True) + vector_norm(w @ K - v, 1, -1, True)
     error, converged, value = (t[..., 0, 0] for t in ((error * mass).to(dtype), error <= tol, value))
