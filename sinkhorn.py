@@ -176,13 +176,14 @@ def _of_clouds(x, y, a, b, p, debias, *settings):
 def _solve(cost, a, b, low, high, eps, tol, max_iter, same=False):
     """Potentials, value (...,) in float64, and K, alpha, beta of the plan alpha_i K_ij beta_j, of checked weights.
 
-    cost(rows) makes these rows of the cost, whose values lie from low to high. same: it is symmetric and a is b, and so
-    f is g. The kernel K_ij = b_j exp((f_i + g_j - C_ij) / eps) is made from potentials in the log domain, where nothing
-    overflows. Sweeps scale its rows by p and its columns by q, which is matrix products, until the rows sum to 1 and
-    the columns, weighted by a, to b; where p and q grow large they go into f and g, and K is made afresh. The first
-    potentials come from larger eps, a sweep each: from zeros all of K might vanish. Half steps overshoot by omega,
-    tuned to the observed rate; where the error doubled (that of exact half steps never grows) they are taken back.
-    Source: stabilised scaling, Schmitzer (2019); overrelaxation, Thibault et al. (2017), Young (1954); averaging, Feydy (2019).
+    cost(rows) makes these rows of the cost, whose values lie from low to high. same: it is symmetric and a is b, so
+    that f is g, and both half steps are averaged. The kernel K_ij = b_j exp((f_i + g_j - C_ij) / eps) is made from
+    potentials in the log domain, where nothing overflows. Sweeps scale its rows by p and its columns by q, which is
+    matrix products, until the rows sum to 1 and the columns, weighted by a, to b; where p and q grow large they go into
+    f and g, and K is made afresh. The first potentials come from larger eps, a sweep each: from zeros all of K might
+    vanish. Half steps overshoot by omega, tuned to the observed rate; where the error doubled (that of exact half steps
+    never grows) they are taken back. Source: Schmitzer (2019), scaling; Thibault et al. (2017) and Young (1954),
+    over-relaxation; Feydy et al. (2019), averaging.
     """
     dtype, n, largest = a.dtype, a.shape[-1], max(abs(low), abs(high), high - low)
     if not (0 < eps < math.inf and tol >= 0 and max_iter >= 1):
