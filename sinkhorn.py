@@ -124,7 +124,7 @@ def _of_clouds(x, y, a, b, p, debias, *settings):
         raise ValueError(f"x and y must hold points of one dimension and broadcast, not {[*x.shape]} and {[*y.shape]}")
     if p not in (1, 2):
         raise ValueError(f"p must be 1 or 2, not {p!r}")
-    leading = (x[..., 0, 0] + y[..., 0, 0]).shape
+    leading = (x[..., 0, 0] + y[..., 0, 0]).shape  # quicker than torch.broadcast_shapes
     a, b = _weights(a, b, leading + x.shape[-2:-1], leading + y.shape[-2:-1], x, y)
     centre = x.mean(-2, True, dtype=a.dtype)  # large coordinates would cancel
     x, y = ((z.to(a.dtype) - centre).expand(leading + z.shape[-2:]) for z in (x, y))
@@ -209,7 +209,7 @@ def _solve(cost, a, b, low, high, eps, tol, max_iter, same=False):
         return K.sum(-1).unsqueeze(-2)
 
     def swept(p, q, r, sweeps, omega):
-        """p and q after so many more sweeps; r is q K^T."""
+        """p and q after so many more sweeps; r is q K^T, and is overwritten."""
         for left in reversed(range(sweeps)):
             r.clamp_(tiny, 1 / tiny)
             p = r.reciprocal() if omega == 1 else p * (p * r) ** -omega
@@ -220,6 +220,11 @@ def _solve(cost, a, b, low, high, eps, tol, max_iter, same=False):
             r = q @ K.mT if left else r
         return p, q
 
+    def missed(p, q, r):
+        """L1 error of both marginals, as a part of the mass; r is q K^T."""
+        u = w * p
+        return vector_norm(u * r - w, 1, -1, True) + vector_norm(q * (u @ K) - v, 1, -1, True)
+
     f, level = torch.full_like(w, low, dtype=torch.float64 if rounded else a.dtype), (high - low) / 16
     h = torch.cat([f, torch.zeros_like(v)], -1)
     while level > eps and not same:  # a cloud is near itself: zeros are a good start
@@ -229,10 +234,9 @@ def _solve(cost, a, b, low, high, eps, tol, max_iter, same=False):
     (p, q), sweeps = swept(*ones, make_kernel(h, eps), n_iter, omega), n_iter
     while True:
         r, logs = q @ K.mT, torch.cat([p, q], -1).log()
-        rows = w * p * r
-        error = vector_norm(rows - w, 1, -1, True) + vector_norm(q * ((w * p) @ K) - v, 1, -1, True)
+        error = missed(p, q, r)
         worst, extent = torch.stack([error, vector_norm(logs, math.inf, -1, True)]).flatten(1).amax(1).tolist()
-        if sweeps * omega > 1 and not (worst <= 2 * old_worst and extent < 3.7 * reach):
+        if sweeps * omega > 1 and not (worst <= 2 * old_worst and extent < 3.7 * reach):  # swept clamps at 4
             (p, q), omega, old_worst, sweeps = old, 1, math.inf, sweeps // 8
             continue
         if n_iter >= max_iter or (worst <= tol and extent <= reach):
@@ -253,11 +257,11 @@ def _solve(cost, a, b, low, high, eps, tol, max_iter, same=False):
     weighted = both * h
     total, mean_f = weighted.sum(-1, True), weighted[..., :n].sum(-1, True)
     # The value's last term is zero at the optimum; with it, rounding in f and g counts in second order only.
-    value, shift = eps * mass * (total - (rows.sum(-1, True) - 1)), total / 2 - mean_f
+    value, shift = eps * mass * (total - ((w * p * r).sum(-1, True) - 1)), total / 2 - mean_f
     f, g = ((h[..., :n] + shift) * eps).to(dtype), ((h[..., n:] - shift) * eps).to(dtype)
     if rounded or extent > reach:  # measure what is returned
-        (p, q), r = ones, make_kernel(torch.cat([f, g], -1).double() / eps, eps)
-        error = vector_norm(w * r - w, 1, -1, True) + vector_norm(w @ K - v, 1, -1, True)
+        p, q = ones
+        error = missed(p, q, make_kernel(torch.cat([f, g], -1).double() / eps, eps))
     error, converged, value = (t[..., 0, 0] for t in ((error * mass).to(dtype), error <= tol, value))
     return Potentials(f.squeeze(-2), g.squeeze(-2), n_iter, error, converged), value, K, (a * p).mT, (q * (b > 0)).mT
 
