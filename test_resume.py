@@ -388,6 +388,7 @@ def test_a_student_alone_predicts_what_python_predicts(small, tmp_path, capsys, 
     run(capsys, *base, tmp_path / "one.npz", "--predictions", tmp_path / "pipe")
     header, line = reader.communicate()[0].splitlines()  # a row alone is not rounded as it is among nine
     assert header == lines[0] and line.split(",")[:2] == lines[1].split(",")[:2] and (tmp_path / "pipe").is_fifo()
+    assert np.allclose(np.array(line.split(",")[2:], dtype=float), p[0], atol=1e-6)
     for bad in (".", "/proc/nowhere/p.csv"):
         assert "cannot be written" in run(capsys, *base, tmp_path / "one.npz", "--predictions", bad)
     for option in ("--predictions", "--data"):

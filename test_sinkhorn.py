@@ -409,7 +409,7 @@ def test_a_loose_tolerance_is_kept_as_well(tol):
     """In float32, whose exponents potentials leave within a few sweeps where eps is small."""
     for seed in range(PROBLEMS // 8):
         C, a, b, eps, _ = random_problem(seed)
-        C, a, b = C.float(), (a / a.sum(-1, keepdim=True)).float(), (b / b.sum(-1, keepdim=True)).float()
+        C, a, b = C.float(), a.float(), b.float()
         if any(bool(((w > 0) & (w < 1e-20)).any()) for w in (a, b)):
             continue  # a plan between two such points may be anything and not be seen in a float32 sum
         with warnings.catch_warnings():
