@@ -709,7 +709,7 @@ def folds(data, k=None, seed=0):
         if data.group is not None:
             fold_of = _grouped(data.group, k, rng)
         elif data.task == "classification":
-            fold_of = _stratified(data.label.numpy(), data.names, k, rng)
+            fold_of = _stratified(data.label.cpu().numpy(), data.names, k, rng)
         else:
             fold_of = rng.permutation(np.arange(len(data.label)) % k)
         parts = [fold_of == i for i in range(k)]
@@ -746,7 +746,7 @@ def _checked_fold(data, i, held_out):
     if len(train) < 2 or len(val) < 1 + (data.task == "regression"):  # the CCC of one row is always 0
         raise DataError(f"fold {i} has {len(train)} training and {len(val)} validation rows, too few to go on")
     if data.task == "classification":
-        absent = np.setdiff1d(np.arange(len(data.names)), data.label[train].numpy())
+        absent = np.setdiff1d(np.arange(len(data.names)), data.label[train].cpu().numpy())
         if len(absent):
             absent = data.names[absent[0]]
             raise DataError(f"fold {i} has no training row of class {absent}: try other --folds or --seed")
