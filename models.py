@@ -1,21 +1,22 @@
-"""The networks of MT-PKDOT: backbones, then what is built on them. Nothing here knows of data sets, losses or files.
+"""The networks of MT-PKDOT: backbones, then what is built on them.
 
     Encoder   feature vector -> embedding z (B, D)
     ResNet18  one-channel spectrogram -> embedding z (B, D)    torchvision's resnet18, name by name
     R3D18     clip of frames -> embedding z (B, D)             torchvision's r3d_18, name by name
-    Head      embedding -> prediction
+    Single    one view -> embedding and prediction: a backbone with a head
     Adapter   single-modality embedding -> the space of the joint embedding
     TNet      visual embedding -> hallucinated privileged embedding
-    Fusion    two sequences of embeddings -> joint embedding and prediction
+    Fusion    both embeddings -> joint embedding and prediction
     Teachers  both embeddings -> the three teachers a student may follow
-    Student   visual input -> prediction: all that is left at test time
+    Student   visual input -> embedding and prediction: all that is left at test time
     load_student   a trained student, from what train.py saved
 
-B batch, T steps of a sequence, D = 512 embedding size, K outputs (classes or regressed values).
+B batch, T steps, D = 512 embedding size, K outputs (classes or regressed values).
 Each docstring names its source: "released code" is what the authors' code does, "ours" our choice.
+Nothing here knows of data sets, losses or files.
 """
 
-import functools
+import contextlib
 
 import torch
 from torch import nn
@@ -26,8 +27,8 @@ DIM = 512
 class Encoder(nn.Module):
     """Backbone for feature vectors: standardise, then Linear-ReLU-Linear. Source: ours.
 
-    (B, ...) with `inputs` numbers a row -> (B, dim). The mean and standard deviation of the training
-    rows are kept with the weights, so that a saved student takes raw input.
+    (B, inputs) -> (B, dim). The mean and standard deviation of the training rows are saved with the
+    weights, so that a saved student takes raw input.
     """
 
     def __init__(self, inputs, dim=DIM):
@@ -37,7 +38,7 @@ class Encoder(nn.Module):
         self.layers = nn.Sequential(nn.Linear(inputs, dim), nn.ReLU(), nn.Linear(dim, dim))
 
     def fit_standardisation(self, x):
-        """Take mean and standard deviation from training rows x (N, ...); a constant input stays as it is."""
+        """Take mean and deviation from training rows x (N, ...); a constant input stays as it is."""
         x = x.flatten(1).double()
         std = x.std(0, correction=0)
         self.mean.copy_(x.mean(0))
@@ -47,11 +48,12 @@ class Encoder(nn.Module):
         return self.layers((x.flatten(1) - self.mean) / self.std)
 
 
-# ---- backbones for raw input --------------------------------------------------------------------------
+# ---- backbones for raw input ----------------------------------------------------------------------
 
 
 def shortcut(conv, norm, inputs, outputs, stride):
-    """A residual block's way past its convolutions: nothing, or a convolution of one position where shapes differ."""
+    """A residual block's way past its convolutions: the identity, or, where shapes differ, a
+    convolution of one position."""
     if stride == 1 and inputs == outputs:
         return nn.Identity()
     return nn.Sequential(conv(inputs, outputs, 1, stride, bias=False), norm(outputs))
@@ -74,7 +76,10 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualBlock3d(nn.Module):
-    """Two 3 x 3 x 3 convolutions and a shortcut, (B, C, T, H, W) -> (B, C', T / stride, H / stride, W / stride)."""
+    """Two 3 x 3 x 3 convolutions and a shortcut.
+
+    (B, C, T, H, W) -> (B, C', T / stride, H / stride, W / stride).
+    """
 
     def __init__(self, inputs, outputs, stride):
         super().__init__()
@@ -89,14 +94,16 @@ class ResidualBlock3d(nn.Module):
 
 
 class Residual18(nn.Module):
-    """What both 18-layer networks share: four stages of two blocks, the mean over all positions, a linear layer.
+    """Both 18-layer networks: four stages of two blocks, the mean over all positions, a linear layer.
 
-    `width` is that of the first stage, 64 at full size; each later stage doubles it and halves the resolution.
-    Initial weights as torchvision's (He et al., fan out), so that a run from scratch starts alike.
+    `width` is that of the first stage, 64 at full size; each later stage doubles it and halves the
+    resolution. Initial weights are torchvision's (He et al., fan out). With `bfloat16` the network
+    computes in that type under autocast, and still gives float32.
     """
 
-    def __init__(self, block, dim, width):
+    def __init__(self, block, dim, width, bfloat16):
         super().__init__()
+        self.bfloat16 = bfloat16
         for stage, stride in enumerate((1, 2, 2, 2)):
             inputs, outputs = width * 2 ** max(stage - 1, 0), width * 2**stage
             layer = nn.Sequential(block(inputs, outputs, stride), block(outputs, outputs, 1))
@@ -109,15 +116,20 @@ class Residual18(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):
-        x = self.layer4(self.layer3(self.layer2(self.layer1(self.stem_of(x)))))
-        return self.fc(x.flatten(2).mean(-1))
+        autocast = torch.autocast(x.device.type, torch.bfloat16) if self.bfloat16 else None
+        with autocast or contextlib.nullcontext():
+            x = self.layer4(self.layer3(self.layer2(self.layer1(self.stem_of(x)))))
+            return self.fc(x.flatten(2).mean(-1)).float()
 
 
 class ResNet18(Residual18):
-    """Backbone of a spectrogram, (B, channels, H, W) -> (B, dim). Source: released code; He et al. (2016)."""
+    """Backbone of a spectrogram, (B, channels, H, W) -> (B, dim).
 
-    def __init__(self, dim=DIM, width=64, channels=1):
-        super().__init__(ResidualBlock, dim, width)
+    Source: released code; He et al. (2016).
+    """
+
+    def __init__(self, dim=DIM, width=64, bfloat16=False, channels=1):
+        super().__init__(ResidualBlock, dim, width, bfloat16)
         self.conv1 = nn.Conv2d(channels, width, 7, 2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.initialise()
@@ -127,17 +139,18 @@ class ResNet18(Residual18):
 
 
 class R3D18(Residual18):
-    """Backbone of a video clip, (B, 3, T, H, W) -> (B, dim). Source: released code; Tran et al. (2018).
+    """Backbone of a video clip, (B, 3, T, H, W) -> (B, dim).
 
-    Bytes (uint8) are scaled to 0..1 and normalised with ImageNet's mean and deviation; floats are taken as they are.
+    Bytes (uint8) are scaled to 0..1 and normalised with ImageNet's mean and deviation; floats are
+    taken as they are. Source: released code; Tran et al. (2018).
     """
 
-    def __init__(self, dim=DIM, width=64):
-        super().__init__(ResidualBlock3d, dim, width)
+    def __init__(self, dim=DIM, width=64, bfloat16=False):
+        super().__init__(ResidualBlock3d, dim, width, bfloat16)
         conv = nn.Conv3d(3, width, (3, 7, 7), (1, 2, 2), padding=(1, 3, 3), bias=False)
         self.stem = nn.Sequential(conv, nn.BatchNorm3d(width), nn.ReLU())
         imagenet = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1, 1)
-        self.register_buffer("imagenet", imagenet, persistent=False)  # the published files have no such key
+        self.register_buffer("imagenet", imagenet, persistent=False)  # published files lack it
         self.initialise()
 
     def stem_of(self, x):
@@ -146,77 +159,65 @@ class R3D18(Residual18):
         return self.stem(x)
 
 
-def synchronise_batch_norm(network, whole):
-    """Have the batch norms of a network take mean and variance over the batches of all processes, of any sizes.
-
-    whole: a row (1, n) of each process -> all rows (processes, n), with gradients. Does what nn.SyncBatchNorm does on
-    CUDA only. Source: ours; variance of parts by Chan's formula.
-    """
-    for module in network.modules():
-        if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)):
-            module.forward = functools.partial(_synchronised, module, whole)
-
-
-def _synchronised(self, whole, x):
-    if not self.training:
-        return type(self).forward(self, x)
-    channels, spread = x.shape[1], (1, -1) + (1,) * (x.dim() - 2)
-    var, mean = torch.var_mean(x.to(self.weight.dtype), [0, *range(2, x.dim())], correction=0)
-    parts = whole(torch.cat([mean, var, mean.new_full((1,), x.numel() // channels)]).unsqueeze(0))
-    count, n = parts[:, -1:], parts[:, -1].sum()
-    means, vars = parts[:, :channels], parts[:, channels:-1]
-    mean = (count * means).sum(0) / n
-    var = (count * (vars + (means - mean) ** 2)).sum(0) / n
-    with torch.no_grad():
-        self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(var * n / (n - 1), self.momentum)
-    scale = self.weight * (var + self.eps).rsqrt()
-    return (x * scale.view(spread) + (self.bias - mean * scale).view(spread)).to(x.dtype)
-
-
 def load_published(network, published):
-    """Load torchvision's state dict of resnet18 or r3d_18 into ours, all but the last layer, which stays ours.
+    """Load torchvision's state dict of resnet18 or r3d_18 into ours, all but the last layer.
 
-    A first layer of three channels is summed to one where ours has one. Counters of batches, which old files lack,
-    may be missing. Raises ValueError that lists every other missing, unexpected or ill-shaped key.
+    A first layer of three channels is summed to one where ours has one. Counters of batches, which
+    old files lack, may be missing. Raises ValueError that lists every other missing, unexpected or
+    ill-shaped key.
     """
     published = {name: t for name, t in published.items() if not name.startswith("fc.")}
     own = {name: t for name, t in network.state_dict().items() if not name.startswith("fc.")}
     stem = published.get("conv1.weight")
     if stem is not None and stem.dim() == 4 and own.get("conv1.weight", stem).shape[1] == 1:
         published["conv1.weight"] = stem.sum(1, keepdim=True)
-    wrong = [f"missing {name}" for name in own if name not in published and not name.endswith("num_batches_tracked")]
+    needed = [name for name in own if not name.endswith("num_batches_tracked")]
+    wrong = [f"missing {name}" for name in needed if name not in published]
     wrong += [f"unexpected {name}" for name in published if name not in own]
-    shapes = [(name, tuple(published[name].shape), tuple(own[name].shape)) for name in own if name in published]
-    wrong += [f"{name} of shape {theirs}, not {ours}" for name, theirs, ours in shapes if theirs != ours]
+    for name in own.keys() & published.keys():
+        if published[name].shape != own[name].shape:
+            theirs, ours = tuple(published[name].shape), tuple(own[name].shape)
+            wrong.append(f"{name} of shape {theirs}, not {ours}")
     if wrong:
-        raise ValueError(f"not the published weights of {type(network).__name__}: {'; '.join(wrong)}")
+        kind = type(network).__name__
+        raise ValueError(f"not the published weights of {kind}: {'; '.join(sorted(wrong))}")
     network.load_state_dict(published, strict=False)
 
 
-def backbone(shape, dim=DIM, width=64):
-    """An untrained network that embeds inputs of this shape: vectors (F,), clips (3, T, H, W), spectrograms (1, H, W).
+def backbone(shape, dim=DIM, width=64, bfloat16=False):
+    """An untrained network for inputs of this shape: vectors (F,), clips (3, T, H, W) or spectrograms
+    (1, H, W), each without the batch.
 
-    width: of the first stage of an 18-layer network. Source: released code, but for vectors (ours).
+    width is that of the first stage of an 18-layer network. Source: released code, but for vectors.
     """
     if len(shape) == 1:
         return Encoder(shape[0], dim)
-    return R3D18(dim, width) if len(shape) == 4 else ResNet18(dim, width)
+    return R3D18(dim, width, bfloat16) if len(shape) == 4 else ResNet18(dim, width, bfloat16)
 
 
-# ---- parts of teachers and student --------------------------------------------------------------------
+# ---- parts of teachers and student ----------------------------------------------------------------
 
 
-class Head(nn.Linear):
-    """Embedding (..., D) -> prediction (..., K). Source: released code."""
+class Single(nn.Module):
+    """A backbone with a head: what stage 1 trains on each view, and the visual-only baseline.
 
-    def __init__(self, dim, outputs):
-        super().__init__(dim, outputs)
+    One view (B, ...) -> embedding (B, D), prediction (B, K). Source: released code.
+    """
+
+    def __init__(self, encoder, head):
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    def forward(self, x):
+        z = self.encoder(x)
+        return z, self.head(z)
 
 
 class Adapter(nn.Sequential):
-    """Embedding (..., D) -> (..., D) through a bottleneck of half the width, no activation. Source: released code."""
+    """Embedding (..., D) -> (..., D) through a bottleneck of half the width, without activation.
+
+    Source: released code.
+    """
 
     def __init__(self, dim=DIM):
         super().__init__(nn.Linear(dim, dim // 2), nn.Linear(dim // 2, dim))
@@ -225,8 +226,8 @@ class Adapter(nn.Sequential):
 class TNet(nn.Sequential):
     """Visual embedding (..., D) -> hallucinated privileged embedding (..., D).
 
-    An autoencoder D-4D-2D-D-D/2-D-2D-4D-D without activations, 512-2048-1024-512-256-512-1024-2048-512
-    at D = 512. Source: released code.
+    An autoencoder D-4D-2D-D-D/2-D-2D-4D-D without activations, which at D = 512 is
+    512-2048-1024-512-256-512-1024-2048-512. Source: released code.
     """
 
     def __init__(self, dim=DIM):
@@ -235,18 +236,21 @@ class TNet(nn.Sequential):
 
     @torch.no_grad()
     def composed(self):
-        """The same map as one linear layer, for where T-Net is frozen: without activations its layers are one."""
-        one = nn.Linear(self[0].in_features, self[-1].out_features).to(self[0].weight)
-        weight, bias = torch.eye(one.in_features).to(one.weight), torch.zeros_like(one.bias)
+        """The same map as one linear layer: without activations, eight of them are one.
+
+        The student carries it, frozen, and is as fast as with a single layer. Source: ours.
+        """
+        linear = nn.Linear(self[0].in_features, self[-1].out_features)
+        weight, bias = torch.eye(linear.in_features), torch.zeros(linear.out_features)
         for layer in self:
             weight, bias = layer.weight @ weight, layer(bias)
-        one.weight.copy_(weight)
-        one.bias.copy_(bias)
-        return one.requires_grad_(False)
+        linear.weight.copy_(weight)
+        linear.bias.copy_(bias)
+        return linear.requires_grad_(False)
 
 
 class SelfAttention(nn.Module):
-    """Post-norm transformer block, (B, T, D) -> (B, T, D): attention, then a ReLU layer as wide as the embedding."""
+    """Post-norm transformer block, (B, T, D) -> (B, T, D): attention, then a ReLU network."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -261,15 +265,14 @@ class SelfAttention(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Joint embedding of two modalities; the teacher's and, on T-Net's output, the student's.
+    """Joint embedding of two modalities: the joint teacher, and, on T-Net's output, the student's.
 
-    Self-attention in each modality, cross-attention both ways (queries of one, keys and values of the
-    other), then a gate a step: z = g c_v + (1 - g) c_p with g = sigmoid(Linear([c_v, c_p])), and a linear
-    head on z. Source: released code, but attention runs within a clip, never across the batch (ours; with
-    batch_first at its default the released self-attention mixes the clips), and a sequence longer than the
-    paper's T = 1 is averaged over its steps (ours).
+    Self-attention in each modality; cross-attention both ways, queries of one, keys and values of the
+    other; a gate z = g c_v + (1 - g) c_p with g = sigmoid(Linear([c_v, c_p])); a linear head on z.
+    Each modality is a sequence of one step, and attention runs within a clip (ours: with batch_first
+    at its default, the released self-attention mixes the clips of a batch). Source: released code.
 
-    visual, privileged (B, T, D) -> joint embedding (B, D), prediction (B, K).
+    z_v and z_p as (B, 2, D) -> joint embedding (B, D), prediction (B, K).
     """
 
     def __init__(self, dim, outputs, heads=2):
@@ -279,42 +282,46 @@ class Fusion(nn.Module):
         self.cross_visual = nn.MultiheadAttention(dim, heads, batch_first=True)
         self.cross_privileged = nn.MultiheadAttention(dim, heads, batch_first=True)
         self.gate = nn.Linear(2 * dim, 1)
-        self.head = Head(dim, outputs)
+        self.head = nn.Linear(dim, outputs)
 
-    def forward(self, visual, privileged):
-        v, p = self.self_visual(visual), self.self_privileged(privileged)
-        c_v = self.cross_visual(v, p, p, need_weights=False)[0]
-        c_p = self.cross_privileged(p, v, v, need_weights=False)[0]
-        g = self.gate(torch.cat([c_v, c_p], dim=-1)).sigmoid()
-        z = (g * c_v + (1 - g) * c_p).mean(dim=1)
-        return z, self.head(z)
+    def forward(self, z):
+        v, p = self.self_visual(z[:, :1]), self.self_privileged(z[:, 1:])
+        c_v = self.cross_visual(v, p, p, need_weights=False)[0].squeeze(1)
+        c_p = self.cross_privileged(p, v, v, need_weights=False)[0].squeeze(1)
+        g = self.gate(torch.cat([c_v, c_p], dim=1)).sigmoid()
+        z_j = g * c_v + (1 - g) * c_p
+        return z_j, self.head(z_j)
 
 
 class Teachers(nn.Module):
-    """The joint teacher and both single-modality teachers, adapted to it. Source: released code.
+    """The three teachers of a student: joint, adapted visual, adapted privileged, in this order.
 
-    z_v, z_p (B, D) -> {name: (embedding (B, D), prediction (B, K))} for joint, adapted_visual, adapted_privileged.
+    z_v and z_p as (B, 2, D) -> embeddings (B, 3, D), predictions (B, 3, K). Without adapters the two
+    single ones are the networks of stage 1. Source: released code.
     """
 
-    def __init__(self, dim, outputs):
+    def __init__(self, dim, outputs, adapters=True):
         super().__init__()
         self.joint = Fusion(dim, outputs)
-        self.adapters = nn.ModuleDict({view: Adapter(dim) for view in ("visual", "privileged")})
-        self.heads = nn.ModuleDict({view: Head(dim, outputs) for view in ("visual", "privileged")})
+        views = ("visual", "privileged")
+        adapter = {view: Adapter(dim) if adapters else nn.Identity() for view in views}
+        self.adapters = nn.ModuleDict(adapter)
+        self.heads = nn.ModuleDict({view: nn.Linear(dim, outputs) for view in views})
 
-    def forward(self, z_v, z_p):
-        a_v, a_p = self.adapters["visual"](z_v), self.adapters["privileged"](z_p)
-        return {
-            "joint": self.joint(z_v.unsqueeze(1), z_p.unsqueeze(1)),
-            "adapted_visual": (a_v, self.heads["visual"](a_v)),
-            "adapted_privileged": (a_p, self.heads["privileged"](a_p)),
-        }
+    def forward(self, z):
+        z_j, said = self.joint(z)
+        embeddings, predictions = [z_j], [said]
+        for view, one in zip(self.adapters, z.unbind(1)):
+            embeddings.append(self.adapters[view](one))
+            predictions.append(self.heads[view](embeddings[-1]))
+        return torch.stack(embeddings, dim=1), torch.stack(predictions, dim=1)
 
 
 class Student(nn.Module):
-    """All that inference needs: visual backbone, T-Net in the place of the missing modality, own fusion.
+    """All that inference needs: visual backbone, T-Net for the missing modality, its own fusion.
 
-    visual input (B, ...) -> student embedding z_s (B, D), prediction (B, K).
+    Visual input (B, ...) -> student embedding z_s (B, D), prediction (B, K). tnet is T-Net as one
+    linear layer; with nn.Identity as encoder, the input is z_v (B, D). Source: released code.
     """
 
     def __init__(self, encoder, tnet, fusion):
@@ -322,20 +329,20 @@ class Student(nn.Module):
         self.encoder, self.tnet, self.fusion = encoder, tnet, fusion
 
     def forward(self, visual):
-        return self.from_embedding(self.encoder(visual))
-
-    def from_embedding(self, z_v):
-        return self.fusion(z_v.unsqueeze(1), self.tnet(z_v).unsqueeze(1))
+        z_v = self.encoder(visual)
+        return self.fusion(torch.stack([z_v, self.tnet(z_v)], dim=1))
 
 
 def load_student(saved):
-    """The trained student of a file of train.py's, torch.load(FILE, weights_only=True) -> Student, ready to use.
+    """The trained student of train.py's student_METHOD.pt, as torch.load(FILE, weights_only=True)
+    gives it. -> Student, frozen.
 
-    It takes input (B, *saved["input_shape"]) as the data set has it (vectors unstandardised, frames as bytes), and
-    gives z_s (B, D) and predictions (B, K): one of saved["names"] a column, logits of classes or the values themselves.
+    It takes input (B, *saved["input_shape"]) as the data set has it (vectors unstandardised, frames
+    as bytes), and gives z_s (B, D) and predictions (B, K): logits of the classes saved["names"], or
+    the values of the columns of these names. Raises KeyError or RuntimeError on any other file.
     """
     dim, outputs = saved["dim"], len(saved["names"])
-    network = Student(backbone(saved["input_shape"], dim, saved["width"]), TNet(dim), Fusion(dim, outputs))
+    encoder = backbone(saved["input_shape"], dim, saved["width"])
+    network = Student(encoder, nn.Linear(dim, dim), Fusion(dim, outputs))
     network.load_state_dict(saved["weights"])
-    network.tnet = network.tnet.composed()  # as it was trained
     return network.eval().requires_grad_(False)

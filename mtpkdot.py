@@ -7,7 +7,7 @@ chosen for the batch, z_s the student's; S(z) is the B x B matrix of cosine simi
     stage 1, teachers   task_loss (ccc, cross-entropy)     tnet_loss (mmd)
     stage 2, align      alignment_loss                     align_stage_loss
     stage 3, student    choose_teacher   similarity   anchors   ot_loss   centroid_loss   student_loss
-    baselines           pkdot_loss       relational   feature_loss
+    a baseline          relational
 
 Each docstring names its source: the paper's abstract, the authors' released code, or our choice.
 """
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from sinkhorn import sinkhorn_divergence
 
-# The order breaks ties: the joint teacher is the one to fall back on.
+# The order of models.Teachers. It breaks ties: the joint teacher is the one to fall back on.
 TEACHERS = ("joint", "adapted_visual", "adapted_privileged")
 
 
@@ -47,7 +47,7 @@ def task_loss(prediction, label):
 
 
 def mmd(x, y, kernels=5):
-    """Squared maximum mean discrepancy of two samples (B, D), biased (>= 0), with several Gaussian kernels.
+    """Squared maximum mean discrepancy of two samples (B, D) with several Gaussian kernels; >= 0.
 
     Bandwidths double from one kernel to the next and are centred on the mean squared distance of the
     pooled sample, through which no gradient flows. Source: released code.
@@ -98,26 +98,30 @@ def align_stage_loss(align, task_joint, task_visual, task_privileged, w_align=0.
 
 
 def choose_teacher(losses):
-    """Index (a tensor, so that the device need not stop) of the teacher of least task loss on the batch.
+    """Index of the teacher of least task loss on the batch: a tensor, so that the device need not stop.
 
-    losses (n,), one a teacher in the order of TEACHERS; of equal ones the first, the joint teacher, wins.
-    Falling back on the joint teacher is what avoids negative transfer. Source: abstract; per batch as in
-    the released code.
+    losses (n,), one a teacher in the order of TEACHERS. Of equal ones the first, the joint teacher,
+    wins. Falling back on the joint teacher is what avoids negative transfer. Source: abstract; per
+    batch as in the released code.
     """
     return losses.argmin()
 
 
 def similarity(z):
-    """S(z): cosine similarity of every pair of rows, (B, D) -> (B, B) in [-1, 1]; a zero row is similar to none."""
+    """S(z): cosine similarity of every pair of rows, (B, D) -> (B, B) in [-1, 1].
+
+    A zero row is similar to none. Half types are computed in float32.
+    """
     z = F.normalize(z.float() if z.dtype in (torch.float16, torch.bfloat16) else z, dim=-1)
     return z @ z.T
 
 
 def anchors(S_t, k=30, which="most"):
-    """For every row the columns of the k most (or "least") similar clips, by the teacher: (B, B) -> (B, k).
+    """For every row the columns of its k "most" or "least" similar clips, by the teacher.
 
-    In order of similarity; a batch smaller than k gives all its columns. Source: PKDOT's abstract speaks of
-    top-k anchors that capture local structure, which reads as "most"; the released code takes "least".
+    (B, B) -> (B, k), in order of similarity; a batch smaller than k gives all its columns. Source:
+    PKDOT's abstract speaks of top-k anchors that capture local structure, which reads as "most"; the
+    released code takes "least". Raises ValueError on any other word.
     """
     if which not in ("most", "least"):
         raise ValueError(f'which must be "most" or "least", not {which!r}')
@@ -125,55 +129,67 @@ def anchors(S_t, k=30, which="most"):
 
 
 def ot_loss(S_t, S_s, k=30, which="most", shift=False, eps=0.01, debias=True, tol=1e-2, max_iter=300):
-    """Entropic optimal transport between the rows of the teacher's and the student's anchor similarities.
+    """Entropic optimal transport between the rows of the teacher's and the student's similarities.
 
-    The teacher's anchors are gathered from both matrices (B, B), shifted or not to be non-negative by their
-    own minima, (B, k) each; then OT with uniform weights and cost |x - y|^2 / 2 gives a scalar. debias
-    subtracts the two self-transports. Source: released code (shifted, debiased); the paper states entropic OT.
-    No shift is ours: the two minima differ, and their difference would count as a difference of structure.
-    tol and max_iter are ours: a training step needs no more.
+    The teacher's anchors are gathered from both matrices (B, B), which gives (B, k) each; with `shift`
+    each matrix is made non-negative by its own minimum before. OT of the rows, with uniform weights and
+    cost |x - y|^2 / 2, is a scalar. `debias` subtracts the two self-transports. Source: released code
+    (shifted, debiased); the paper states entropic OT. No shift is ours: the two minima differ, and
+    their difference would count as one of structure. tol and max_iter are what a training step needs
+    (ours).
     """
     columns = anchors(S_t, k, which)
-    rows_t, rows_s = ((S - S.min() if shift else S).gather(1, columns) for S in (S_t, S_s))
-    return sinkhorn_divergence(rows_t, rows_s, p=2, eps=eps, debias=debias, tol=tol, max_iter=max_iter)
+    if shift:
+        S_t, S_s = S_t - S_t.min(), S_s - S_s.min()
+    rows_t, rows_s = S_t.gather(1, columns), S_s.gather(1, columns)
+    settings = {"eps": eps, "debias": debias, "tol": tol, "max_iter": max_iter}
+    return sinkhorn_divergence(rows_t, rows_s, p=2, **settings)
 
 
 def centroid_loss(S_t, S_s):
-    """|| mean over rows of S_t - mean over rows of S_s ||_2 on the full, unshifted matrices. Source: released code."""
+    """|| mean over rows of S_t - mean over rows of S_s ||_2, of the full, unshifted matrices (B, B).
+
+    Source: released code.
+    """
     return torch.linalg.vector_norm(S_t.mean(0) - S_s.mean(0))
 
 
-def student_loss(prediction, label, z_s, z_t, w_task=0.8, w_ot=1.0, w_centroid=0.02, **ot):
-    """The student's loss: w_task * task + w_ot * OT + w_centroid * centroid. Source: released code, where
-    the weights are 0.8, 0.2 and 0.2; 1 for OT and 0.02 for the centroid are ours, by the study in README.
+def student_loss(weights, prediction, label, z_s, z_t, **transport):
+    """The loss of a student: the weighted sum of the terms named in `weights`, {term: weight}.
 
-    prediction (B, K) and z_s (B, D) are the student's, z_t (B, D) the chosen teacher's, without gradient;
-    further arguments go to ot_loss. Returns a dict of scalars: "loss", and the unweighted "task", "ot",
-    "centroid".
+    task       loss of the task itself
+    ot         optimal transport between the anchor similarities of S_t and S_s
+    centroid   distance of the centroids of S_t and S_s
+    mse, cosine, rkd   other distillations: distance of z_s to z_t, see below
+
+    prediction (B, K) and z_s (B, D) are the student's, z_t (B, D) the chosen teacher's, without
+    gradient; `transport` goes to ot_loss. Returns a dict of scalars: "loss", and each term unweighted.
+    MT-PKDOT is task, ot and centroid, 0.8, 0.2 and 0.2 in the released code. PKDOT, its single-teacher
+    ancestor, is task and ot, 1 and 0.6 there, with the joint teacher. train.py has our weights.
     """
-    S_t, S_s = similarity(z_t.detach()), similarity(z_s)
-    terms = {"task": task_loss(prediction, label), "ot": ot_loss(S_t, S_s, **ot), "centroid": centroid_loss(S_t, S_s)}
-    return {"loss": w_task * terms["task"] + w_ot * terms["ot"] + w_centroid * terms["centroid"], **terms}
+    z_t = z_t.detach()
+    S_t, S_s = similarity(z_t), similarity(z_s)
+    compute = {
+        "task": lambda: task_loss(prediction, label),
+        "ot": lambda: ot_loss(S_t, S_s, **transport),
+        "centroid": lambda: centroid_loss(S_t, S_s),
+        "mse": lambda: F.mse_loss(z_s, z_t),
+        "cosine": lambda: cosine_distance(z_s, z_t),
+        "rkd": lambda: relational(z_s, z_t),
+    }
+    terms = {name: compute[name]() for name in weights}
+    return {"loss": sum(weights[name] * term for name, term in terms.items()), **terms}
 
 
-# ---- the methods it is compared with ----------------------------------------------------------------
-
-
-def pkdot_loss(prediction, label, z_s, z_j, w_ot=1.25, **ot):
-    """PKDOT, the single-teacher ancestor: task + w_ot * OT to the joint teacher, always.
-
-    Source: released code, where w_ot is 0.6; 1.25 is as much to the task as mtpkdot's weights give (ours).
-    """
-    task, transport = task_loss(prediction, label), ot_loss(similarity(z_j.detach()), similarity(z_s), **ot)
-    return {"loss": task + w_ot * transport, "task": task, "ot": transport}
+# ---- a distillation it is compared with -------------------------------------------------------------
 
 
 def relational(z_s, z_t, vertices=16):
     """Relational distillation, (B, D) and (B, D) -> scalar. Source: Park et al. (2019).
 
-    Huber distance between the student's and the teacher's distances of all pairs, each in units of their mean, plus
-    twice that between the cosines of the angles of triples: of those with one of the first `vertices` clips at the
-    vertex, which, in a shuffled batch, are a fair sample of all (ours, for time).
+    Huber distance between the student's and the teacher's distances of all pairs, each in units of
+    their mean, plus twice that between the cosines of the angles of triples. The triples are those with
+    one of the first `vertices` clips at the vertex: a fair sample in a shuffled batch (ours, for time).
     """
     distances, angles = [], []
     for z in (z_s, z_t):
@@ -183,10 +199,3 @@ def relational(z_s, z_t, vertices=16):
         directions = gaps / d[:vertices].where(d[:vertices] > 0, 1).unsqueeze(-1)
         angles.append(directions @ directions.mT)
     return F.smooth_l1_loss(*distances) + 2 * F.smooth_l1_loss(*angles)
-
-
-def feature_loss(prediction, label, z_s, z_j, kind, w_feature=1.0):
-    """Plain distillation: task + w_feature * distance of z_s to z_j, kind "mse", "cosine" or "rkd". Source: ours."""
-    task = task_loss(prediction, label)
-    distance = {"mse": F.mse_loss, "cosine": cosine_distance, "rkd": relational}[kind](z_s, z_j.detach())
-    return {"loss": task + w_feature * distance, "task": task, "feature": distance}
