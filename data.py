@@ -1,25 +1,23 @@
 """Data sets of two views: one seen always ("visual"), one in training only ("privileged").
 
     TwoView      the contract: what every data set below becomes, and all that train.py knows of it
-    load         name and path -> TwoView
+    load         arguments -> TwoView
     features     a .npz file of feature vectors (any two views of anything)
-    synthetic    the embedded default: people, clips in time, valence and arousal
+    synthetic    the default: drawn faces and voices, valence and arousal
     Frames, Sounds, Signals   views that are read from their files when a batch asks for them
-    bad clips    refused in one line, or left out and counted
     affwild2     valence and arousal of faces, with the voice; as its holders ship it
     biovid       pain of faces, with a physiological signal; as its holders ship it
-    folds        TwoView -> training and validation rows, by person where people are known
+    folds        TwoView -> rows to train on, to choose by and to score, nobody in two of them
+    digest       a fingerprint of data
 
-Whatever is wrong with a file raises DataError with one line that names the file and, where there is one,
-the row.
+Whatever is wrong with a file raises DataError: one line that names the file and the row.
 """
 
+import copy
 import functools
 import hashlib
 import math
 import os
-import signal as signals
-import threading
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -28,12 +26,11 @@ import numpy as np
 import torch
 from scipy.io import wavfile
 from scipy.signal import resample_poly, spectrogram
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-DEFAULT_FOLDS = 5
 SAMPLE_RATE = 44_100  # of the sound that log_mel takes, in Hz
 SIGNAL_RATE = 512  # of BioVid's signals, in Hz
-QUIET = {"over": "ignore", "invalid": "ignore"}  # numpy's warnings where what is not finite is refused next
+QUIET = {"over": "ignore", "invalid": "ignore"}  # numpy, where what is not finite is refused next
 BIOVID_LEVELS = ("BL1", "PA1", "PA2", "PA3", "PA4")
 BIOVID_SIGNALS = ("gsr", "ecg", "emg_trapezius", "emg_corrugator", "emg_zygomaticus")
 
@@ -50,70 +47,47 @@ def _reason(error):
 class TwoView(NamedTuple):
     """N clips. Integer labels make a classification, float labels a regression.
 
-    A view [i] is a vector (F,) float32, a clip of frames (3, T, H, W) uint8 or a spectrogram (1, H, W) float32; as a
-    tensor it is in memory, as a Dataset in files.
+    view[rows], with a list of rows, is a batch: vectors (B, F) float32, clips of frames (B, 3, T, H, W)
+    uint8, or spectrograms (B, 1, H, W) float32; view.shape is that of all. A tensor is in memory, a
+    Dataset in files.
     """
 
     visual: torch.Tensor | Dataset
     privileged: torch.Tensor | Dataset | None  # None where only a student is scored
-    label: torch.Tensor | None  # (N,) int64 in 0 .. len(names) - 1, or (N, len(names)) float32; None where unknown
-    names: list  # the class values as they stand in the file, or the names of the regressed columns
+    label: torch.Tensor | None  # (N,) int64 in 0 .. K - 1, or (N, K) float32; None where unknown
+    names: list  # the K classes as they stand in the file, or the names of the K regressed columns
     group: np.ndarray | None  # (N,) int: the person of each clip; None where unknown
-    split: np.ndarray | None  # (N,) bool: True for training, where the data set brings its own split
-    skipped: tuple = ()  # of every bad clip that was left out, what is wrong with it
+    split: np.ndarray | None  # (N,) bool: True for training, where the data set brings a split
 
     @property
     def task(self):
         return "regression" if self.label.dtype.is_floating_point else "classification"
 
-    def clip_name(self, i):
-        """The name of clip i: its row, or, of raw video, VIDEO/FRAME (Aff-Wild2) or SUBJECT-LEVEL-NUMBER (BioVid)."""
-        return self.visual.name(i) if isinstance(self.visual, Frames) else str(i)
 
-
-def load(
-    dataset,
-    path=None,
-    seed=0,
-    need_privileged=True,
-    need_label=True,
-    stride=1,
-    levels=("BL1", "PA4"),
-    signal="emg_corrugator",
-    skip_bad=False,
-    workers=0,
-):
-    """The TwoView of a data set by name. path is its file or folder; seed makes the synthetic one.
-
-    Without need_privileged or need_label that part need not be there, and of raw data is not looked for.
-    skip_bad leaves out what is wrong with raw data, to which end every clip is read once, by `workers` processes.
-    """
-    skipped = [] if skip_bad else None
-    if dataset == "synthetic":
-        return synthetic(seed)
-    if dataset == "affwild2":
-        data = affwild2(path or "data/affwild2", need_privileged, stride, skipped, need_label)
-        return _readable(data, skipped, workers)
-    if dataset == "biovid":
-        data = biovid(path or "data/biovid", need_privileged, levels, signal, skipped, need_label)
-        return _readable(data, skipped, workers)
-    if path is None:
+def load(args, need_privileged=True, need_label=True):
+    """The TwoView of args.dataset. Without need_privileged or need_label that part need not exist."""
+    if args.dataset == "synthetic":
+        return synthetic(args.seed)
+    needs = {"need_privileged": need_privileged, "need_label": need_label}
+    if args.dataset == "affwild2":
+        return affwild2(args.data or "data/affwild2", stride=args.clip_stride, **needs)
+    if args.dataset == "biovid":
+        how = {"levels": args.levels, "signal": args.signal, **needs}
+        return biovid(args.data or "data/biovid", **how)
+    if args.data is None:
         raise DataError("--dataset features needs --data FILE.npz with visual, privileged and label")
-    return features(path, need_privileged, need_label)
+    return features(args.data, **needs)
 
 
-# ---- feature files ----------------------------------------------------------------------------------
+# ---- feature files ------------------------------------------------------------------------------
 
 
 def features(path, need_privileged=True, need_label=True):
     """Read a .npz file with
 
-        visual      (N, ...) numbers             group  (N,), optional: the person of each row
-        privileged  (N, ...) numbers             split  (N,), optional: "train" or "val"
-        label       (N,) integers: classes, or (N, K) floats: K regressed values
-
-    need_privileged=False reads a file without `privileged`, and ignores it where it is there; need_label=False takes
-    one without `label`, too.
+    visual      (N, ...) numbers             group  (N,), optional: the person of each row
+    privileged  (N, ...) numbers             split  (N,), optional: "train" or "val"
+    label       (N,) integers: classes, or (N, K) floats: K regressed values
     """
     needed = ["visual"] + ["label"] * need_label + ["privileged"] * need_privileged
     arrays = _read_npz(path, needed, ["label", "group", "split"])
@@ -121,21 +95,26 @@ def features(path, need_privileged=True, need_label=True):
     least = 2 if need_privileged else 1
     if len(set(rows.values())) > 1 or rows["visual"] < least:
         counts = ", ".join(f"{key} {n}" for key, n in rows.items())
-        raise DataError(f"{path}: every key needs the same number of rows, at least {least}, but they have {counts}")
+        same = f"every key needs the same number of rows, at least {least}"
+        raise DataError(f"{path}: {same}, but they have {counts}")
     label, names = _label(path, arrays["label"]) if "label" in arrays else (None, [])
-    group = _group(path, arrays["group"]) if "group" in arrays else None
-    split = _split(path, arrays["split"]) if "split" in arrays else None
+    group = split = None
+    if "group" in arrays:
+        _check_kind(path, "group", arrays["group"], "biuSU", "integers or strings")
+        group = np.unique(arrays["group"], return_inverse=True)[1]
+    if "split" in arrays:
+        _check_kind(path, "split", arrays["split"], "SU", "strings")
+        split = np.array([s.decode("ascii", "replace") if isinstance(s, bytes) else s for s in arrays["split"]])
+        for row in np.flatnonzero((split != "train") & (split != "val"))[:1]:
+            raise DataError(f'{path}: split row {row} is "{split[row]}"; it must be "train" or "val"')
+        split = split == "train"
     if group is not None and split is not None and set(group[split]) & set(group[~split]):
         shared = arrays["group"][np.isin(group, group[split]) & ~split][0]
-        raise DataError(f"{path}: group {shared} is in both parts of split; mend one of the two keys, or leave it out")
-    return TwoView(
-        visual=_numbers(path, "visual", arrays["visual"]),
-        privileged=_numbers(path, "privileged", arrays["privileged"]) if need_privileged else None,
-        label=label,
-        names=names,
-        group=group,
-        split=split,
-    )
+        both = f"group {shared} is in both parts of split"
+        raise DataError(f"{path}: {both}; mend one of the two keys, or leave it out")
+    visual = _numbers(path, "visual", arrays["visual"])
+    privileged = _numbers(path, "privileged", arrays["privileged"]) if need_privileged else None
+    return TwoView(visual, privileged, label, names, group, split)
 
 
 def _read_npz(path, needed, optional):
@@ -145,24 +124,32 @@ def _read_npz(path, needed, optional):
     try:
         with np.load(path, allow_pickle=False) as archive:
             keys = sorted(archive.files)
-            arrays = {key: archive[key] for key in dict.fromkeys((*needed, *optional)) if key in keys}
+            arrays = {key: archive[key] for key in (*needed, *optional) if key in keys}
     except Exception as error:  # a damaged archive can raise anything; its reader needs the name
         raise DataError(f"{path}: not a .npz file of plain arrays ({_reason(error)})") from None
     missing = [key for key in needed if key not in keys]
     if missing:
-        raise DataError(f"{path}: no key {' or '.join(missing)}; it has {', '.join(keys) or 'none'}")
+        has = ", ".join(keys) or "none"
+        raise DataError(f"{path}: no key {' or '.join(missing)}; it has {has}")
     return arrays
+
+
+def _check_kind(path, key, array, kinds, what):
+    if array.ndim != 1 or array.dtype.kind not in kinds:
+        found = f"{array.dtype} of shape {array.shape}"
+        raise DataError(f"{path}: {key} must be (N,) {what}, not {found}")
 
 
 def _numbers(path, key, array):
     if array.dtype.kind not in "biuf" or array.size == 0:
-        raise DataError(f"{path}: {key} must hold numbers, not {array.dtype} of shape {array.shape}")
+        found = f"{array.dtype} of shape {array.shape}"
+        raise DataError(f"{path}: {key} must hold numbers, not {found}")
     with np.errstate(**QUIET):
-        values = torch.from_numpy(array.astype(np.float32))
-    values = values.flatten(1) if values.dim() > 1 else values.unsqueeze(1)
+        values = torch.from_numpy(array.reshape(len(array), -1).astype(np.float32))
     bad = ~values.isfinite().all(1)
     if bool(bad.any()):
-        raise DataError(f"{path}: {key} row {int(bad.nonzero()[0])} holds NaN, infinite or too large values")
+        row = int(bad.nonzero()[0])
+        raise DataError(f"{path}: {key} row {row} holds NaN, infinite or too large values")
     return values
 
 
@@ -171,32 +158,13 @@ def _label(path, array):
         names, label = np.unique(array, return_inverse=True)
         return torch.from_numpy(label), names.tolist()
     if array.dtype.kind == "f" and array.ndim == 2:
-        label = _numbers(path, "label", array)
-        names = ["valence", "arousal"] if label.shape[1] == 2 else [str(i) for i in range(label.shape[1])]
-        return label, names
-    raise DataError(
-        f"{path}: label must be (N,) integers (classes) or (N, K) floats (regression), "
-        f"not {array.dtype} of shape {array.shape}"
-    )
+        label, columns = _numbers(path, "label", array), array.shape[1]
+        return label, ["valence", "arousal"] if columns == 2 else [str(i) for i in range(columns)]
+    forms = "(N,) integers (classes) or (N, K) floats (regression)"
+    raise DataError(f"{path}: label must be {forms}, not {array.dtype} of shape {array.shape}")
 
 
-def _group(path, array):
-    if array.ndim != 1 or array.dtype.kind not in "biuSU":
-        raise DataError(f"{path}: group must be (N,) integers or strings, not {array.dtype} of shape {array.shape}")
-    return np.unique(array, return_inverse=True)[1]
-
-
-def _split(path, array):
-    if array.ndim != 1 or array.dtype.kind not in "SU":
-        raise DataError(f"{path}: split must be (N,) strings, not {array.dtype} of shape {array.shape}")
-    split = np.char.decode(array, "ascii", "replace") if array.dtype.kind == "S" else array
-    for row, value in enumerate(split):
-        if value not in ("train", "val"):
-            raise DataError(f'{path}: split row {row} is "{value}"; it must be "train" or "val"')
-    return split == "train"
-
-
-# ---- the embedded default ---------------------------------------------------------------------------
+# ---- the default --------------------------------------------------------------------------------
 
 
 def synthetic(seed=0, people=60, clips=24, size=32, frames=4):
@@ -240,102 +208,121 @@ def synthetic(seed=0, people=60, clips=24, size=32, frames=4):
     group = np.repeat(np.arange(people), clips)
     return TwoView(face, voice, label.flatten(0, 1), ["valence", "arousal"], group, split=group % 3 > 0)
 
-
-# ---- raw views: read when asked for -------------------------------------------------------------------
+# ---- raw views: read when asked for -------------------------------------------------------------
 
 
 class Frames(Dataset):
-    """Clips of face frames. [i] -> (3, T, size, size) uint8.
+    """Clips of face frames, (N, 3, T, 112, 112) uint8.
 
-    Clip i is the files folders[of[i]] / pattern.format(number) for the T numbers of frames[i], and named by
-    naming.format(folder, last number). Only numbers are kept, so that memory does not grow with the videos.
+    Clip i is the files folders[of[i]] / pattern.format(number) of the T numbers frames[i]. naming makes
+    its name from the folder's and the last number. present[i], where it is known, are the numbers of
+    all its frames. Only numbers are kept, so that memory does not grow with the videos.
     """
 
-    def __init__(self, folders, pattern, of, frames, naming="{}/{:05d}", size=112):
+    def __init__(self, folders, pattern, of, frames, naming="{}/{:05d}", present=None):
         try:
             import PIL  # noqa: F401
         except ImportError:
             raise DataError("reading JPEG files needs Pillow: pip install pillow") from None
         self.folders, self.pattern, self.of, self.frames = folders, pattern, of, frames
-        self.naming, self.size = naming, size
+        self.naming, self.present, self.seed = naming, present, None
+        self.shape = (*frames.shape[:1], 3, frames.shape[1], 112, 112)
 
     def __len__(self):
         return len(self.of)
 
-    def __getitem__(self, i):
-        folder = self.folders[self.of[i]]
-        images = [self._image(folder / self.pattern.format(number)) for number in self.frames[i]]
-        return torch.from_numpy(np.stack(images, axis=1))
+    def __getitem__(self, rows):
+        return torch.from_numpy(np.stack([self._clip(row) for row in rows]))
 
-    def name(self, i):
-        return self.naming.format(self.folders[self.of[i]].name, self.frames[i][-1])
+    def drawn(self, seed):
+        """The view for an epoch of training: two neighbours from a random place in each of T / 2
+        segments, where all frames of a clip are known. Source: released code, its only augmentation."""
+        view = copy.copy(self)
+        view.seed = None if self.present is None else seed
+        return view
+
+    def name(self, row):
+        return self.naming.format(self.folders[self.of[row]].name, self.frames[row][-1])
 
     def key(self):
         return [np.array([folder.name for folder in self.folders]), self.of, self.frames]
 
-    def only(self, rows):
-        return Frames(self.folders, self.pattern, self.of[rows], self.frames[rows], self.naming, self.size)
+    def _clip(self, row):
+        numbers = self.frames[row]
+        if self.seed is not None:
+            present, pairs = self.present[row], len(numbers) // 2
+            place = np.arange(pairs) + np.random.default_rng([self.seed, row]).random(pairs)
+            first = (place * (len(present) - 1) / pairs).astype(int)
+            both = np.stack([first, first + 1], axis=1).ravel()
+            numbers = present[np.minimum(both, len(present) - 1)]
+        folder = self.folders[self.of[row]]
+        return np.stack([_image(folder / self.pattern.format(n)) for n in numbers], axis=1)
 
-    def _image(self, path):
-        from PIL import Image
 
-        try:
-            with Image.open(path) as image:
-                image = image.convert("RGB")
-                if image.size != (self.size, self.size):
-                    image = image.resize((self.size, self.size))
-                return np.asarray(image).transpose(2, 0, 1)
-        except Exception as error:  # a damaged image can raise anything; its reader needs the name
-            raise DataError(f"{path}: not a readable JPEG ({_reason(error)})") from None
+def _image(path):
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+            image = image if image.size == (112, 112) else image.resize((112, 112))
+            return np.asarray(image).transpose(2, 0, 1)
+    except Exception as error:  # a damaged image can raise anything; its reader needs the name
+        raise DataError(f"{path}: not a readable JPEG ({_reason(error)})") from None
 
 
 class Sounds(Dataset):
-    """The second of sound before a moment of a video. [i] -> (1, 64, 107) log-mel spectrogram, float32.
+    """The second of sound before a moment of a video, as log-mel spectrograms (N, 1, 64, 107).
 
     Clip i ends at the fraction end[i], in 0 .. 1, of the wav file files[of[i]].
     """
 
     def __init__(self, files, of, end):
-        self.files, self.of, self.end = files, of, end
+        self.files, self.of, self.end, self.shape = files, of, end, (len(of), 1, 64, 107)
 
     def __len__(self):
         return len(self.of)
 
-    def __getitem__(self, i):
-        rate, samples = read_wav(self.files[self.of[i]])
-        stop = round(self.end[i] * len(samples))
-        sound = samples[max(stop - rate, 0) : stop]
-        with np.errstate(**QUIET):
-            sound = sound.mean(axis=1, dtype=np.float64) if sound.ndim > 1 else sound.astype(np.float64)
-        kind = samples.dtype
-        if kind.kind in "iu":  # to [-1, 1]; 8 bit is unsigned around 128
-            sound = (sound - (128 if kind == np.uint8 else 0)) / 2.0 ** (8 * kind.itemsize - 1)
-        sound = np.pad(sound, (rate - len(sound), 0))
-        common = math.gcd(rate, SAMPLE_RATE)
-        mel = log_mel(torch.from_numpy(resample_poly(sound, SAMPLE_RATE // common, rate // common)))
-        return _finite(mel, self.files[self.of[i]])
+    def __getitem__(self, rows):
+        return torch.stack([self._spectrogram(row) for row in rows])
 
     def key(self):
         return [np.array([file.name for file in self.files]), self.of, self.end]
 
-    def only(self, rows):
-        return Sounds(self.files, self.of[rows], self.end[rows])
+    def _spectrogram(self, row):
+        path = self.files[self.of[row]]
+        rate, samples = read_wav(path)
+        stop = round(self.end[row] * len(samples))
+        sound, kind = samples[max(stop - rate, 0) : stop], samples.dtype
+        with np.errstate(**QUIET):
+            sound = sound.mean(axis=1, dtype=np.float64) if sound.ndim > 1 else sound.astype(np.float64)
+        if kind.kind in "iu":  # to [-1, 1]; 8 bit is unsigned around 128
+            sound = (sound - (128 if kind == np.uint8 else 0)) / 2.0 ** (8 * kind.itemsize - 1)
+        sound = np.pad(sound, (rate - len(sound), 0))
+        common = math.gcd(rate, SAMPLE_RATE)
+        sound = resample_poly(sound, SAMPLE_RATE // common, rate // common)
+        return _finite(log_mel(torch.from_numpy(sound)), path)
 
 
 class Signals(Dataset):
-    """Spectrogram of a physiological signal between its seconds 2 and 5. [i] -> (1, 65, 128) power, float32.
+    """Spectrograms of a physiological signal between its seconds 2 and 5, power (N, 1, 65, 128).
 
     Clip i is the column `signal` of the tab-separated file files[i], 512 Hz. Source: released code.
     """
 
     def __init__(self, files, signal):
-        self.files, self.signal = files, signal
+        self.files, self.signal, self.shape = files, signal, (len(files), 1, 65, 128)
 
     def __len__(self):
         return len(self.files)
 
-    def __getitem__(self, i):
-        path = self.files[i]
+    def __getitem__(self, rows):
+        return torch.stack([self._spectrogram(self.files[row]) for row in rows])
+
+    def key(self):
+        return [np.array([file.name for file in self.files]), np.array(self.signal)]
+
+    def _spectrogram(self, path):
         try:
             header, *rows = path.read_text().splitlines() or [""]
             columns = header.split()
@@ -344,20 +331,14 @@ class Signals(Dataset):
             values = np.loadtxt(rows, delimiter="\t", usecols=columns.index(self.signal), ndmin=1)
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: cannot be read ({_reason(error)})") from None
-        if len(values) < 5 * SIGNAL_RATE or not np.isfinite(values).all():
-            raise DataError(
-                f"{path}: {self.signal} needs {5 * SIGNAL_RATE} numbers (5 s); it has {len(values)} or holds NaN"
-            )
-        values = values[2 * SIGNAL_RATE : 5 * SIGNAL_RATE]
+        least = 5 * SIGNAL_RATE
+        if len(values) < least or not np.isfinite(values).all():
+            has = f"it has {len(values)} or holds NaN"
+            raise DataError(f"{path}: {self.signal} needs {least} numbers (5 s); {has}")
+        values = values[2 * SIGNAL_RATE : least]
         with np.errstate(**QUIET):
             power = spectrogram(values, SIGNAL_RATE, nperseg=16, noverlap=4, nfft=128)[2]
         return _finite(torch.from_numpy(power).float().unsqueeze(0), path)
-
-    def key(self):
-        return [np.array([file.name for file in self.files]), np.array(self.signal)]
-
-    def only(self, rows):
-        return Signals([self.files[row] for row in rows], self.signal)
 
 
 def _finite(values, path):
@@ -387,7 +368,6 @@ def read_wav(path):
         raise DataError(f"{path}: holds no sound, or none of 1 to 400 kHz ({len(samples)} samples at {rate} Hz)")
     return rate, samples
 
-
 @functools.cache  # every clip needs them
 def mel_filters(bands=64, n_fft=1024, rate=SAMPLE_RATE):
     """Triangular filters (bands, n_fft / 2 + 1), evenly spaced on the mel scale 2595 log10(1 + f / 700)."""
@@ -407,182 +387,68 @@ def log_mel(sound, steps=107):
     steps, silence on the left where there are fewer. Source: the lab's Aff-Wild2 code; the silence ours.
     """
     window = torch.hann_window(SAMPLE_RATE // 50, dtype=torch.float64)
-    spectrum = torch.stft(
-        sound.double(),
-        1024,
-        SAMPLE_RATE // 100,
-        len(window),
-        window,
-        center=True,
-        pad_mode="reflect",
-        return_complex=True,
-    )
+    how = {"window": window, "center": True, "pad_mode": "reflect", "return_complex": True}
+    spectrum = torch.stft(sound.double(), 1024, SAMPLE_RATE // 100, len(window), **how)
     power = (mel_filters() @ spectrum.abs() ** 2)[:, -steps:]
     power = torch.nn.functional.pad(power, (steps - power.shape[1], 0))
     return ((10 * power.clamp_min(1e-10).log10() + 14.8) / 19.895).float().unsqueeze(0)
 
-
-def augment(clips, chance, shift=8):
-    """Training video made more varied: each clip mirrored or not, and moved by up to `shift` pixels.
-
-    (B, 3, T, H, W) -> the same shape, all frames of a clip alike; what moves in is black. chance (B, 3) holds
-    uniform random numbers in [0, 1), on the CPU. Source: ours.
-    """
-    mirrored = (chance[:, 0] < 0.5).view(-1, 1, 1, 1, 1)
-    clips = torch.where(mirrored.to(clips.device), clips.flip(-1), clips)
-    height, width = clips.shape[-2:]
-    padded = torch.nn.functional.pad(clips, (shift,) * 4)
-    corners = (chance[:, 1:] * (2 * shift + 1)).long().tolist()
-    return torch.stack([clip[..., y : y + height, x : x + width] for clip, (y, x) in zip(padded, corners)])
+# ---- Aff-Wild2 ----------------------------------------------------------------------------------
 
 
-def stream(view, batches, workers=0, pin=False):
-    """view[rows] for each rows (a LongTensor) of batches, in order; raw views by `workers` reading processes."""
-    if isinstance(view, torch.Tensor):
-        yield from (view[rows] for rows in batches)
-        return
-    order = [rows.tolist() for rows in batches]
-    settings = {"num_workers": workers, "worker_init_fn": _leave_signals, "generator": torch.Generator()}
-    loader = DataLoader(view, batch_sampler=order, pin_memory=pin, **settings)
-    try:
-        yield from loader
-    except DataError as error:  # a worker's comes wrapped in its stack trace; the last line is the message
-        raise DataError(str(error).rstrip().split("\n")[-1].split("DataError: ")[-1]) from None
-
-
-def _leave_signals(worker):
-    """A reading process leaves Ctrl-C and SIGTERM to the one that it reads for, and obeys the SIGTERM of that only."""
-    if not hasattr(signals, "sigwaitinfo"):  # macOS
-        return
-    signals.signal(signals.SIGINT, signals.SIG_IGN)
-    signals.pthread_sigmask(signals.SIG_BLOCK, {signals.SIGTERM})
-
-    def wait():
-        while signals.sigwaitinfo({signals.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-# ---- bad clips ----------------------------------------------------------------------------------------
-
-
-def _mistake(skipped, message, clips=1):
-    """Raise DataError; or note that `clips` of them are left out, where there is a list of those."""
-    if skipped is None:
-        raise DataError(message)
-    skipped.extend([message] * clips)
-
-
-class _Checked(Dataset):
-    """[i] -> what is wrong with clip i of any of the views, or ""."""
-
-    def __init__(self, views):
-        self.views = views
-
-    def __len__(self):
-        return len(self.views[0])
-
-    def __getitem__(self, i):
-        try:
-            for view in self.views:
-                view[i]
-        except DataError as error:
-            return str(error)
-        return ""
-
-
-def _readable(data, skipped, workers):
-    """The data as it is (skipped None), or without the clips that cannot be read."""
-    if skipped is None:
-        return data
-    views = _Checked([data.visual] if data.privileged is None else [data.visual, data.privileged])
-    loader = DataLoader(views, 64, num_workers=workers, collate_fn=list, worker_init_fn=_leave_signals)
-    wrong = [message for batch in loader for message in batch]
-    rows = np.flatnonzero([not message for message in wrong])
-    if len(rows) == 0:
-        raise DataError(f"not one clip can be read; the first: {wrong[0]}")
-    return TwoView(
-        visual=data.visual.only(rows),
-        privileged=data.privileged and data.privileged.only(rows),
-        label=None if data.label is None else data.label[rows],
-        names=data.names,
-        group=data.group[rows],
-        split=None if data.split is None else data.split[rows],
-        skipped=(*skipped, *filter(None, wrong)),
-    )
-
-
-# ---- Aff-Wild2 --------------------------------------------------------------------------------------
-
-
-def affwild2(root="data/affwild2", need_privileged=True, stride=1, skipped=None, need_label=True):
+def affwild2(root, need_privileged=True, need_label=True, stride=1):
     """Aff-Wild2's valence-arousal challenge, in its own training and validation split. Below root:
 
-        annotations/Train_Set/VIDEO.txt, annotations/Validation_Set/VIDEO.txt   valence,arousal a frame
-        cropped_aligned/VIDEO/00001.jpg ...                                     frames without a face are missing
-        audio/VIDEO.wav                                                         without a _left or _right
+    annotations/Train_Set/VIDEO.txt, annotations/Validation_Set/VIDEO.txt   valence,arousal a frame
+    cropped_aligned/VIDEO/00001.jpg ...                       frames without a face are missing
+    audio/VIDEO.wav                                           without a _left or _right
 
-    A clip for every `stride`-th frame that is annotated and has a face: the 8 frames that end there, every 4th of a
-    window of 32, and the second of sound that ends there. A frame without a face is replaced by the nearest one of
-    the video that has one and is no later than the clip (ours). A video with no such frame is named in a warning.
+    A clip for every `stride`-th frame that is annotated and has a face: the 8 frames that end there,
+    every 4th of a window of 32, and the second of sound that ends there. For a frame without a face
+    stands the nearest one of the video that has one and is no later than the clip (ours). A video
+    without any is named in a warning. Without need_label every frame with a face counts as annotated.
     Source: the lab's Aff-Wild2 code.
-
-    skipped: None, where a mistake raises DataError; or a list, to which the message is appended for each clip that is
-    left out for it. Without need_label annotations are not looked for: a clip for every `stride`-th frame with a face.
     """
     root, parts = Path(root), ("Train_Set", "Validation_Set")
-    wanted = [f"annotations/{part}" for part in parts if need_label] + ["cropped_aligned"] + ["audio"] * need_privileged
-    _check_root(root, wanted, "Aff-Wild2")
-    if need_label:
-        files = [(file, part) for part in parts for file in sorted((root / "annotations" / part).glob("*.txt"))]
-    else:
-        videos = sorted(path.name for path in (root / "cropped_aligned").iterdir() if path.is_dir())
-        files = [(Path(f"{video}.txt"), "") for video in videos]
+    wanted = [f"annotations/{part}" for part in parts if need_label] + ["cropped_aligned"]
+    _check_root(root, wanted + ["audio"] * need_privileged, "Aff-Wild2")
+    files = [(file, part) for part in parts for file in sorted((root / "annotations" / part).glob("*.txt"))]
+    if not need_label:
+        folders = sorted(path for path in (root / "cropped_aligned").iterdir() if path.is_dir())
+        files = [(Path(f"{folder.name}.txt"), "") for folder in folders]
     folders, sounds, of, frames, ends, labels, split, empty = [], [], [], [], [], [], [], []
     for file, part in files:
         folder = root / "cropped_aligned" / file.stem
         present = _frame_numbers(folder, prefix="")
-        try:
-            label = (
-                _valence_arousal(file, skipped) if need_label else np.broadcast_to(0.0, (max(present, default=0), 2))
-            )
-        except DataError as error:
-            _mistake(skipped, str(error), len(present[::stride]))
-            continue
+        last = max(present, default=0)
+        label = _valence_arousal(file) if need_label else np.broadcast_to(0.0, (last, 2))
         present = present[(present >= 1) & (present <= len(label))]
         usable = present[(label[present - 1] != -5).all(axis=1)][::stride]
         if len(usable) == 0:
             empty.append(file.stem)
             continue
-        sound = root / "audio" / f"{file.stem.removesuffix('_left').removesuffix('_right')}.wav"
-        try:
-            if need_privileged:
-                read_wav(sound)
-        except DataError as error:
-            _mistake(skipped, str(error), len(usable))
-            continue
+        sounds.append(root / "audio" / f"{file.stem.removesuffix('_left').removesuffix('_right')}.wav")
+        if need_privileged:
+            read_wav(sounds[-1])
         of.append(np.full(len(usable), len(folders)))
         folders.append(folder)
-        sounds.append(sound)
         frames.append(_nearest(present, usable[:, None] - np.arange(28, -1, -4), usable))
         ends.append(usable / len(label))
         labels.append(label[usable - 1])
         split.append(np.full(len(usable), part == "Train_Set"))
-    kind = "annotated frame with a face" if need_label else "frame with a face"
+    kind = f"{'annotated ' * need_label}frame with a face"
+    if not folders:
+        raise DataError(f"{root}: no {kind} in any video")
     if empty:
         more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
         warnings.warn(f"{root}: no {kind} in {', '.join(empty[:5])}{more}", UserWarning, stacklevel=2)
-    if not folders:
-        raise DataError(skipped[0] if skipped else f"{root}: no {kind} in any video")
-    of = np.concatenate(of)
+    of, names = np.concatenate(of), [path.name for path in sounds]
     return TwoView(
         visual=Frames(folders, "{:05d}.jpg", of, np.concatenate(frames)),
         privileged=Sounds(sounds, of, np.concatenate(ends)) if need_privileged else None,
         label=torch.from_numpy(np.concatenate(labels)).float() if need_label else None,
         names=["valence", "arousal"],
-        group=np.unique([path.name for path in sounds], return_inverse=True)[1][of],  # both people of a video together
+        group=np.unique(names, return_inverse=True)[1][of],  # both people of a video together
         split=np.concatenate(split),
     )
 
@@ -590,11 +456,12 @@ def affwild2(root="data/affwild2", need_privileged=True, stride=1, skipped=None,
 def _check_root(root, wanted, name):
     missing = [folder for folder in wanted if not (root / folder).is_dir()]
     if missing:
-        raise DataError(f"{root}: no folder {' or '.join(missing)}; {name} needs {', '.join(wanted)} there")
+        needs = f"{name} needs {', '.join(wanted)} there"
+        raise DataError(f"{root}: no folder {' or '.join(missing)}; {needs}")
 
 
-def _valence_arousal(path, skipped):
-    """(frames, 2) of an annotation file, -5 where a frame is not annotated, or its line is bad and to be skipped."""
+def _valence_arousal(path):
+    """(frames, 2) of an annotation file, -5 where a frame is not annotated."""
     try:
         header, *rows = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeDecodeError, ValueError):
@@ -602,174 +469,165 @@ def _valence_arousal(path, skipped):
     if header.replace(" ", "").lower() != "valence,arousal":
         raise DataError(f'{path}: line 1 must be "valence,arousal", not "{header[:40]}"')
     values = np.empty((len(rows), 2))
-    for line, row in enumerate(rows):
+    for i, row in enumerate(rows):
         try:
-            values[line] = _pair(row)
-        except ValueError as error:
-            _mistake(skipped, f"{path}: line {line + 2} {error}")
-            values[line] = -5
+            values[i] = valence, arousal = [float(text) for text in row.split(",")]
+        except ValueError:
+            text = f'must be two numbers, not "{row[:40]}"'
+            raise DataError(f"{path}: line {i + 2} {text}") from None
+        if not all(v == -5 or -1 <= v <= 1 for v in (valence, arousal)):
+            text = f"holds a value that is neither within [-1, 1] nor -5: {row[:40]}"
+            raise DataError(f"{path}: line {i + 2} {text}")
     return values
 
 
-def _pair(row):
-    try:
-        valence, arousal = map(float, row.split(","))
-    except ValueError:
-        raise ValueError(f'must be two numbers, not "{row[:40]}"') from None
-    if not all(v == -5 or -1 <= v <= 1 for v in (valence, arousal)):
-        raise ValueError(f"holds a value that is neither within [-1, 1] nor -5: {row[:40]}")
-    return valence, arousal
-
-
 def _frame_numbers(folder, prefix):
-    """Sorted numbers of the JPEG files prefix00001.jpg ... in a folder; empty where there is no such folder."""
+    """Sorted numbers of the JPEG files prefix00001.jpg ... in a folder; empty where there is none."""
     names = os.listdir(folder) if folder.is_dir() else []
-    numbers = (name[len(prefix) : -4] for name in names if name.startswith(prefix) and name.endswith(".jpg"))
-    return np.array(sorted(int(number) for number in numbers if number.isdecimal() and len(number) < 10), np.int64)
+    texts = (n[len(prefix) : -4] for n in names if n.startswith(prefix) and n.endswith(".jpg"))
+    numbers = [int(text) for text in texts if text.isdecimal() and len(text) < 10]
+    return np.array(sorted(numbers), np.int64)
 
 
 def _nearest(present, wanted, last):
-    """For each wanted frame (N, T) the nearest present one that is no later than last (N,); of two, the earlier."""
+    """For each wanted frame (N, T) the nearest present one no later than last (N,); of two, the
+    earlier."""
     right = np.searchsorted(present, wanted)
     before, after = present[np.maximum(right - 1, 0)], present[np.minimum(right, len(present) - 1)]
-    take_after = (after <= last[:, None]) & ((right == 0) | (after - wanted < wanted - before))
-    return np.where(take_after, after, before).astype(np.int32)
+    nearer = (right == 0) | (after - wanted < wanted - before)
+    return np.where((after <= last[:, None]) & nearer, after, before).astype(np.int32)
 
 
-# ---- BioVid -----------------------------------------------------------------------------------------
+# ---- BioVid -------------------------------------------------------------------------------------
 
 
-def biovid(
-    root="data/biovid",
-    need_privileged=True,
-    levels=("BL1", "PA4"),
-    signal="emg_corrugator",
-    skipped=None,
-    need_label=True,
-):
+def biovid(root, need_privileged=True, need_label=True, levels=("BL1", "PA4"), signal="emg_corrugator"):
     """BioVid Part A, a class for each of `levels`, a group for each person. Below root:
 
-        frames/SUBJECT/CLIP/img_00001.jpg ...             10 are taken, evenly spread over the clip
-        biosignals_filtered/SUBJECT/CLIP_bio.csv          tab separated, 512 Hz, a column for each signal
+    frames/SUBJECT/CLIP/img_00001.jpg ...         10 are taken, evenly spread over the clip
+    biosignals_filtered/SUBJECT/CLIP_bio.csv      tab separated, 512 Hz, a column for each signal
 
-    with clips named SUBJECT-LEVEL-NUMBER; without need_label every folder is a clip. Source: released code. skipped as
-    for affwild2.
+    Clips are named SUBJECT-LEVEL-NUMBER; without need_label every folder is a clip. Training takes
+    frames from random places, see Frames.drawn. Source: released code.
     """
-    root = Path(root)
+    root, levels = Path(root), list(levels)
+    if not set(levels) <= set(BIOVID_LEVELS) or len(set(levels)) < max(2, len(levels)):
+        raise DataError(f"argument --levels: name two or more different ones of {','.join(BIOVID_LEVELS)}")
     _check_root(root, ["frames"] + ["biosignals_filtered"] * need_privileged, "BioVid")
-    folders, files, frames, labels, people = [], [], [], [], []
-    for person in sorted(path for path in (root / "frames").iterdir() if path.is_dir()):
-        for clip in sorted(path for path in person.iterdir() if path.is_dir()):
-            level = clip.name.partition("-")[2].partition("-")[0]
-            if need_label and level not in levels:
-                continue
-            present = _frame_numbers(clip, prefix="img_")
-            if len(present) == 0:
-                _mistake(skipped, f"{clip}: no img_00001.jpg ... in it; extract its frames or remove the folder")
-                continue
-            file = root / "biosignals_filtered" / person.name / f"{clip.name}_bio.csv"
-            if need_privileged and not file.is_file():
-                _mistake(skipped, f"{file} is missing, the signals of a clip that has frames")
-                continue
-            folders.append(clip)
-            files.append(file)
-            frames.append(present[np.linspace(0, len(present) - 1, 10).round().astype(int)])
-            labels.append(level)
-            people.append(person.name)
+    folders, files, labels, frames, present = [], [], [], [], []
+    for clip in sorted(path for path in (root / "frames").glob("*/*") if path.is_dir()):
+        level = clip.name.partition("-")[2].partition("-")[0]
+        if need_label and level not in levels:
+            continue
+        numbers = _frame_numbers(clip, prefix="img_")
+        if len(numbers) == 0:
+            what = "no img_00001.jpg ... in it; extract its frames or remove the folder"
+            raise DataError(f"{clip}: {what}")
+        file = root / "biosignals_filtered" / clip.parent.name / f"{clip.name}_bio.csv"
+        if need_privileged and not file.is_file():
+            raise DataError(f"{file} is missing, the signals of a clip that has frames")
+        folders.append(clip)
+        files.append(file)
+        labels.append(level)
+        frames.append(numbers[np.linspace(0, len(numbers) - 1, 10).round().astype(int)])
+        present.append(numbers)
     absent = [level for level in levels if level not in labels] if need_label else []
     if absent or not folders:
-        raise DataError(f"{root}/frames: no clip SUBJECT/SUBJECT-{(absent or ['LEVEL'])[0]}-NUMBER in it")
+        name = f"SUBJECT/SUBJECT-{(absent or ['LEVEL'])[0]}-NUMBER"
+        raise DataError(f"{root}/frames: no clip {name} in it")
+    of, frames = np.arange(len(folders)), np.array(frames, dtype=np.int32)
     return TwoView(
-        visual=Frames(folders, "img_{:05d}.jpg", np.arange(len(folders)), np.array(frames, dtype=np.int32), "{}"),
+        visual=Frames(folders, "img_{:05d}.jpg", of, frames, "{}", present),
         privileged=Signals(files, signal) if need_privileged else None,
         label=torch.tensor([levels.index(level) for level in labels]) if need_label else None,
-        names=list(levels),
-        group=np.unique(people, return_inverse=True)[1],
+        names=levels,
+        group=np.unique([clip.parent.name for clip in folders], return_inverse=True)[1],
         split=None,
     )
 
 
-# ---- folds ------------------------------------------------------------------------------------------
+# ---- folds --------------------------------------------------------------------------------------
 
 
-def folds(data, k=None, seed=0):
-    """List of (training rows, validation rows), int64 arrays in increasing order.
+def folds(data, k=None, seed=0, train_rows=None, set_aside=False):
+    """List of (rows to train on, to choose epochs by, to score), LongTensors in increasing order.
 
     The data set's own split where it has one and k is None; else k (default 5) folds: by person where
     groups are known, so that nobody is on both sides (ours; the released code splits by clip), and
-    otherwise stratified by class, or at random for a regression.
+    otherwise stratified by class, or at random for a regression. train_rows are drawn from each fold's
+    training rows. set_aside takes a fifth of them, by person where groups are known, to choose by;
+    without it the scored rows choose, the paper's protocol.
     """
-    if len(data.names) < 2 and data.task == "classification":
+    if data.task == "classification" and len(data.names) < 2:
         raise DataError(f"label holds a single class, {data.names[0]}; there is nothing to learn")
+    rng, draw = np.random.default_rng(seed), np.random.default_rng(seed).permutation
     if data.split is not None and k is None:
-        parts = [~data.split]
+        scored = [~data.split]
     else:
-        k = k or DEFAULT_FOLDS
-        rng = np.random.default_rng(seed)
-        if data.group is not None:
-            fold_of = _grouped(data.group, k, rng)
-        elif data.task == "classification":
-            fold_of = _stratified(data.label.cpu().numpy(), data.names, k, rng)
-        else:
-            fold_of = rng.permutation(np.arange(len(data.label)) % k)
-        parts = [fold_of == i for i in range(k)]
-    return [_checked_fold(data, i, held_out) for i, held_out in enumerate(parts)]
+        fold_of = _fold_of(data, k or 5, rng)
+        scored = [fold_of == i for i in range(k or 5)]
+    result = []
+    for i, val in enumerate(scored):
+        train, val = np.flatnonzero(~val), np.flatnonzero(val)
+        if train_rows is not None:
+            if train_rows > len(train):
+                raise DataError(f"argument --train-rows: fold {i} has only {len(train)}")
+            train = np.sort(draw(train)[:train_rows])
+        choose = val
+        if set_aside:
+            group = train if data.group is None else data.group[train]
+            people = np.random.default_rng(seed).permutation(np.unique(group))
+            aside = np.isin(group, people[: max(1, len(people) // 5)])
+            train, choose = train[~aside], train[aside]
+        # The CCC of one row is always 0.
+        if min(len(train), 2 * len(val), 2 * len(choose)) < 2 + 2 * (data.task == "regression"):
+            counts = f"{len(train)} training and {len(val)} validation rows"
+            raise DataError(f"fold {i} has {counts}, too few to go on")
+        if data.task == "classification":
+            absent = np.setdiff1d(np.arange(len(data.names)), data.label[train].numpy())
+            if len(absent):
+                name = data.names[absent[0]]
+                raise DataError(f"fold {i} has no training row of class {name}: try other --folds or --seed")
+        result.append(tuple(torch.from_numpy(rows) for rows in (train, choose, val)))
+    return result
 
 
-def _grouped(group, k, rng):
-    """Fold of each row: people go, largest first, to the fold that has the fewest rows so far."""
-    sizes = np.bincount(group)
-    if len(sizes) < k:
-        raise DataError(f"the data has {len(sizes)} people, too few for {k} folds: use fewer --folds, at least 2")
-    shuffled = rng.permutation(len(sizes))
-    fold_of_person, rows = np.empty(len(sizes), dtype=int), np.zeros(k)
-    for person in shuffled[np.argsort(-sizes[shuffled], kind="stable")]:
-        fold_of_person[person] = rows.argmin()
-        rows[rows.argmin()] += sizes[person]
-    return fold_of_person[group]
-
-
-def _stratified(label, names, k, rng):
-    """Fold of each row: every class is dealt out evenly, going on where the class before it stopped."""
+def _fold_of(data, k, rng):
+    """The fold of each row. People go, largest first, to the fold that has the fewest rows so far;
+    classes are dealt out evenly, each going on where the one before it stopped."""
+    if data.group is not None:
+        sizes = np.bincount(data.group)
+        if len(sizes) < k:
+            few = f"the data has {len(sizes)} people, too few for {k} folds"
+            raise DataError(f"{few}: use fewer --folds, at least 2")
+        shuffled = rng.permutation(len(sizes))
+        fold_of_person, rows = np.empty(len(sizes), dtype=int), np.zeros(k)
+        for person in shuffled[np.argsort(-sizes[shuffled], kind="stable")]:
+            fold_of_person[person] = rows.argmin()
+            rows[rows.argmin()] += sizes[person]
+        return fold_of_person[data.group]
+    if data.task == "regression":
+        return rng.permutation(np.arange(len(data.label)) % k)
+    label = data.label.numpy()
     counts = np.bincount(label)
     if counts.min() < k:
-        name, least = names[counts.argmin()], counts.min()
-        raise DataError(f"class {name} has {least} rows, too few for {k} folds: use fewer --folds, at least 2")
+        few = f"class {data.names[counts.argmin()]} has {counts.min()} rows, too few for {k} folds"
+        raise DataError(f"{few}: use fewer --folds, at least 2")
     fold_of = np.empty(len(label), dtype=int)
-    order = np.concatenate([rng.permutation(np.flatnonzero(label == c)) for c in range(len(counts))])
-    fold_of[order] = np.arange(len(label)) % k
+    order = [rng.permutation(np.flatnonzero(label == c)) for c in range(len(counts))]
+    fold_of[np.concatenate(order)] = np.arange(len(label)) % k
     return fold_of
 
 
-def _checked_fold(data, i, held_out):
-    train, val = np.flatnonzero(~held_out), np.flatnonzero(held_out)
-    if len(train) < 2 or len(val) < 1 + (data.task == "regression"):  # the CCC of one row is always 0
-        raise DataError(f"fold {i} has {len(train)} training and {len(val)} validation rows, too few to go on")
-    if data.task == "classification":
-        absent = np.setdiff1d(np.arange(len(data.names)), data.label[train].cpu().numpy())
-        if len(absent):
-            absent = data.names[absent[0]]
-            raise DataError(f"fold {i} has no training row of class {absent}: try other --folds or --seed")
-    return train, val
-
-
 def digest(*values):
-    """A short fingerprint of tensors, arrays and raw views: same values, shapes and types, same string.
+    """A short fingerprint of tensors, arrays, raw views and None: same values, same string.
 
-    A raw view counts by the names in it and the places it reads, not by the bytes of its files or where they lie.
+    A raw view counts by the names and places that it reads, not by bytes or by where they lie.
     """
     sha = hashlib.sha256()
     for value in values:
         for array in value.key() if isinstance(value, Dataset) else [value]:
-            array = np.ascontiguousarray(array.cpu() if isinstance(array, torch.Tensor) else array)
+            array = np.ascontiguousarray(array if array is not None else [])
             sha.update(f"{array.dtype} {array.shape}".encode())
             sha.update(array.view(np.uint8) if array.dtype.kind == "U" else array)
     return sha.hexdigest()[:16]
-
-
-def stamp(view):
-    """A fingerprint of a view; of files by time and size too (of a folder of frames, not of each frame)."""
-    if isinstance(view, torch.Tensor):
-        return digest(view)
-    found = [path.stat() for path in (view.folders if isinstance(view, Frames) else view.files)]
-    return digest(view, np.array([(status.st_mtime_ns, status.st_size) for status in found]))

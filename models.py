@@ -1,9 +1,9 @@
-"""The networks of MT-PKDOT: backbones, then what is built on them.
+"""The networks of MT-PKDOT. Nothing here knows of data sets, losses or files.
 
-    Encoder   feature vector -> embedding z (B, D)
-    ResNet18  one-channel spectrogram -> embedding z (B, D)    torchvision's resnet18, name by name
-    R3D18     clip of frames -> embedding z (B, D)             torchvision's r3d_18, name by name
-    Single    one view -> embedding and prediction: a backbone with a head
+    Encoder   feature vector -> embedding
+    ResNet18  one-channel spectrogram -> embedding    torchvision's resnet18, name by name
+    R3D18     clip of frames -> embedding             torchvision's r3d_18, name by name
+    Single    one view -> embedding and prediction: stage 1, and the visual-only baseline
     Adapter   single-modality embedding -> the space of the joint embedding
     TNet      visual embedding -> hallucinated privileged embedding
     Fusion    both embeddings -> joint embedding and prediction
@@ -11,12 +11,9 @@
     Student   visual input -> embedding and prediction: all that is left at test time
     load_student   a trained student, from what train.py saved
 
-B batch, T steps, D = 512 embedding size, K outputs (classes or regressed values).
+B batch, T steps or frames, D = 512 embedding size, K outputs: classes or regressed values.
 Each docstring names its source: "released code" is what the authors' code does, "ours" our choice.
-Nothing here knows of data sets, losses or files.
 """
-
-import contextlib
 
 import torch
 from torch import nn
@@ -25,10 +22,9 @@ DIM = 512
 
 
 class Encoder(nn.Module):
-    """Backbone for feature vectors: standardise, then Linear-ReLU-Linear. Source: ours.
+    """Feature vector (B, inputs) -> (B, dim): standardise, then Linear-ReLU-Linear. Source: ours.
 
-    (B, inputs) -> (B, dim). The mean and standard deviation of the training rows are saved with the
-    weights, so that a saved student takes raw input.
+    The mean and standard deviation are saved with the weights, so that a student takes raw vectors.
     """
 
     def __init__(self, inputs, dim=DIM):
@@ -38,22 +34,20 @@ class Encoder(nn.Module):
         self.layers = nn.Sequential(nn.Linear(inputs, dim), nn.ReLU(), nn.Linear(dim, dim))
 
     def fit_standardisation(self, x):
-        """Take mean and deviation from training rows x (N, ...); a constant input stays as it is."""
-        x = x.flatten(1).double()
-        std = x.std(0, correction=0)
-        self.mean.copy_(x.mean(0))
+        """Take both from the training rows x (N, inputs); a constant input is only centred."""
+        std, mean = torch.std_mean(x.double(), 0, correction=0)
+        self.mean.copy_(mean)
         self.std.copy_(torch.where(std > 0, std, 1))
 
     def forward(self, x):
-        return self.layers((x.flatten(1) - self.mean) / self.std)
+        return self.layers((x - self.mean) / self.std)
 
 
-# ---- backbones for raw input ----------------------------------------------------------------------
+# ---- backbones for raw input --------------------------------------------------------------------
 
 
 def shortcut(conv, norm, inputs, outputs, stride):
-    """A residual block's way past its convolutions: the identity, or, where shapes differ, a
-    convolution of one position."""
+    """The way past a block's convolutions: the identity, or, where shapes differ, a projection."""
     if stride == 1 and inputs == outputs:
         return nn.Identity()
     return nn.Sequential(conv(inputs, outputs, 1, stride, bias=False), norm(outputs))
@@ -76,10 +70,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualBlock3d(nn.Module):
-    """Two 3 x 3 x 3 convolutions and a shortcut.
-
-    (B, C, T, H, W) -> (B, C', T / stride, H / stride, W / stride).
-    """
+    """The same over time too, (B, C, T, H, W) -> (B, C', T / stride, H / stride, W / stride)."""
 
     def __init__(self, inputs, outputs, stride):
         super().__init__()
@@ -94,11 +85,11 @@ class ResidualBlock3d(nn.Module):
 
 
 class Residual18(nn.Module):
-    """Both 18-layer networks: four stages of two blocks, the mean over all positions, a linear layer.
+    """Both 18-layer networks: four stages of two blocks, the mean over positions, a linear layer.
 
-    `width` is that of the first stage, 64 at full size; each later stage doubles it and halves the
+    The first stage is `width` wide, 64 at full size; each later one doubles that and halves the
     resolution. Initial weights are torchvision's (He et al., fan out). With `bfloat16` the network
-    computes in that type under autocast, and still gives float32.
+    computes in that type by autocast; what it gives is float32, as its weights are.
     """
 
     def __init__(self, block, dim, width, bfloat16):
@@ -116,17 +107,13 @@ class Residual18(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):
-        autocast = torch.autocast(x.device.type, torch.bfloat16) if self.bfloat16 else None
-        with autocast or contextlib.nullcontext():
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
             x = self.layer4(self.layer3(self.layer2(self.layer1(self.stem_of(x)))))
-            return self.fc(x.flatten(2).mean(-1)).float()
+            return self.fc(x.flatten(2).mean(-1)).to(self.fc.weight.dtype)
 
 
 class ResNet18(Residual18):
-    """Backbone of a spectrogram, (B, channels, H, W) -> (B, dim).
-
-    Source: released code; He et al. (2016).
-    """
+    """Spectrogram (B, channels, H, W) -> (B, dim). Source: released code; He et al. (2016)."""
 
     def __init__(self, dim=DIM, width=64, bfloat16=False, channels=1):
         super().__init__(ResidualBlock, dim, width, bfloat16)
@@ -139,10 +126,9 @@ class ResNet18(Residual18):
 
 
 class R3D18(Residual18):
-    """Backbone of a video clip, (B, 3, T, H, W) -> (B, dim).
+    """Clip of T frames (B, 3, T, H, W) -> (B, dim). Source: released code; Tran et al. (2018).
 
-    Bytes (uint8) are scaled to 0..1 and normalised with ImageNet's mean and deviation; floats are
-    taken as they are. Source: released code; Tran et al. (2018).
+    Bytes are scaled to 0..1 and normalised as ImageNet's images are; floats are taken as they are.
     """
 
     def __init__(self, dim=DIM, width=64, bfloat16=False):
@@ -163,20 +149,19 @@ def load_published(network, published):
     """Load torchvision's state dict of resnet18 or r3d_18 into ours, all but the last layer.
 
     A first layer of three channels is summed to one where ours has one. Counters of batches, which
-    old files lack, may be missing. Raises ValueError that lists every other missing, unexpected or
-    ill-shaped key.
+    old files lack, may be missing. Raises ValueError that lists all else that does not fit.
     """
     published = {name: t for name, t in published.items() if not name.startswith("fc.")}
     own = {name: t for name, t in network.state_dict().items() if not name.startswith("fc.")}
     stem = published.get("conv1.weight")
     if stem is not None and stem.dim() == 4 and own.get("conv1.weight", stem).shape[1] == 1:
         published["conv1.weight"] = stem.sum(1, keepdim=True)
-    needed = [name for name in own if not name.endswith("num_batches_tracked")]
-    wrong = [f"missing {name}" for name in needed if name not in published]
-    wrong += [f"unexpected {name}" for name in published if name not in own]
+    absent = own.keys() - published.keys()
+    wrong = [f"missing {name}" for name in absent if not name.endswith("num_batches_tracked")]
+    wrong += [f"unexpected {name}" for name in published.keys() - own.keys()]
     for name in own.keys() & published.keys():
-        if published[name].shape != own[name].shape:
-            theirs, ours = tuple(published[name].shape), tuple(own[name].shape)
+        theirs, ours = tuple(published[name].shape), tuple(own[name].shape)
+        if theirs != ours:
             wrong.append(f"{name} of shape {theirs}, not {ours}")
     if wrong:
         kind = type(network).__name__
@@ -185,24 +170,21 @@ def load_published(network, published):
 
 
 def backbone(shape, dim=DIM, width=64, bfloat16=False):
-    """An untrained network for inputs of this shape: vectors (F,), clips (3, T, H, W) or spectrograms
-    (1, H, W), each without the batch.
+    """An untrained backbone for a vector (F,), a clip (3, T, H, W) or a spectrogram (1, H, W).
 
-    width is that of the first stage of an 18-layer network. Source: released code, but for vectors.
+    `shape` is one input's, without the batch; `width` and `bfloat16` are for the 18-layer networks.
+    Source: released code, but for vectors.
     """
     if len(shape) == 1:
         return Encoder(shape[0], dim)
     return R3D18(dim, width, bfloat16) if len(shape) == 4 else ResNet18(dim, width, bfloat16)
 
 
-# ---- parts of teachers and student ----------------------------------------------------------------
+# ---- parts of teachers and student --------------------------------------------------------------
 
 
 class Single(nn.Module):
-    """A backbone with a head: what stage 1 trains on each view, and the visual-only baseline.
-
-    One view (B, ...) -> embedding (B, D), prediction (B, K). Source: released code.
-    """
+    """A backbone with a head, (B, ...) -> z (B, D), prediction (B, K). Source: released code."""
 
     def __init__(self, encoder, head):
         super().__init__()
@@ -214,20 +196,16 @@ class Single(nn.Module):
 
 
 class Adapter(nn.Sequential):
-    """Embedding (..., D) -> (..., D) through a bottleneck of half the width, without activation.
-
-    Source: released code.
-    """
+    """Embedding (..., D) -> D / 2 -> (..., D), without activation. Source: released code."""
 
     def __init__(self, dim=DIM):
         super().__init__(nn.Linear(dim, dim // 2), nn.Linear(dim // 2, dim))
 
 
 class TNet(nn.Sequential):
-    """Visual embedding (..., D) -> hallucinated privileged embedding (..., D).
+    """Visual embedding (..., D) -> hallucinated privileged one (..., D). Source: released code.
 
-    An autoencoder D-4D-2D-D-D/2-D-2D-4D-D without activations, which at D = 512 is
-    512-2048-1024-512-256-512-1024-2048-512. Source: released code.
+    An autoencoder without activations, at D = 512 of 512-2048-1024-512-256-512-1024-2048-512.
     """
 
     def __init__(self, dim=DIM):
@@ -236,16 +214,13 @@ class TNet(nn.Sequential):
 
     @torch.no_grad()
     def composed(self):
-        """The same map as one linear layer: without activations, eight of them are one.
-
-        The student carries it, frozen, and is as fast as with a single layer. Source: ours.
-        """
-        linear = nn.Linear(self[0].in_features, self[-1].out_features)
-        weight, bias = torch.eye(linear.in_features), torch.zeros(linear.out_features)
-        for layer in self:
+        """The same map as one linear layer, frozen: without activations it is one. Source: ours."""
+        first, *others = self
+        weight, bias = first.weight, first.bias
+        for layer in others:
             weight, bias = layer.weight @ weight, layer(bias)
-        linear.weight.copy_(weight)
-        linear.bias.copy_(bias)
+        linear = nn.Linear(first.in_features, first.in_features)
+        linear.weight, linear.bias = nn.Parameter(weight), nn.Parameter(bias)
         return linear.requires_grad_(False)
 
 
@@ -267,12 +242,11 @@ class SelfAttention(nn.Module):
 class Fusion(nn.Module):
     """Joint embedding of two modalities: the joint teacher, and, on T-Net's output, the student's.
 
-    Self-attention in each modality; cross-attention both ways, queries of one, keys and values of the
-    other; a gate z = g c_v + (1 - g) c_p with g = sigmoid(Linear([c_v, c_p])); a linear head on z.
-    Each modality is a sequence of one step, and attention runs within a clip (ours: with batch_first
-    at its default, the released self-attention mixes the clips of a batch). Source: released code.
-
-    z_v and z_p as (B, 2, D) -> joint embedding (B, D), prediction (B, K).
+    z_v and z_p as (B, 2, D) -> joint embedding z_j (B, D), prediction (B, K). Self-attention runs
+    in each modality, then cross-attention both ways, queries from one, keys and values from the
+    other; a gate mixes the two. Source: released code. Each modality is a sequence of one step, and
+    attention stays within a clip (ours: the released self-attention, with batch_first at its
+    default, mixes the clips of a batch).
     """
 
     def __init__(self, dim, outputs, heads=2):
@@ -296,32 +270,29 @@ class Fusion(nn.Module):
 class Teachers(nn.Module):
     """The three teachers of a student: joint, adapted visual, adapted privileged, in this order.
 
-    z_v and z_p as (B, 2, D) -> embeddings (B, 3, D), predictions (B, 3, K). Without adapters the two
-    single ones are the networks of stage 1. Source: released code.
+    z_v and z_p as (B, 2, D) -> embeddings (B, 3, D), predictions (B, 3, K). Without adapters each
+    single teacher is a head on its embedding, as in stage 1. Source: released code.
     """
 
     def __init__(self, dim, outputs, adapters=True):
         super().__init__()
         self.joint = Fusion(dim, outputs)
-        views = ("visual", "privileged")
-        adapter = {view: Adapter(dim) if adapters else nn.Identity() for view in views}
-        self.adapters = nn.ModuleDict(adapter)
-        self.heads = nn.ModuleDict({view: nn.Linear(dim, outputs) for view in views})
+        kind = Adapter if adapters else nn.Identity
+        self.adapters = nn.ModuleDict({"visual": kind(dim), "privileged": kind(dim)})
+        self.heads = nn.ModuleDict({view: nn.Linear(dim, outputs) for view in self.adapters})
 
     def forward(self, z):
-        z_j, said = self.joint(z)
-        embeddings, predictions = [z_j], [said]
-        for view, one in zip(self.adapters, z.unbind(1)):
-            embeddings.append(self.adapters[view](one))
-            predictions.append(self.heads[view](embeddings[-1]))
-        return torch.stack(embeddings, dim=1), torch.stack(predictions, dim=1)
+        z_j, joint = self.joint(z)
+        a_v, a_p = self.adapters["visual"](z[:, 0]), self.adapters["privileged"](z[:, 1])
+        predictions = [joint, self.heads["visual"](a_v), self.heads["privileged"](a_p)]
+        return torch.stack([z_j, a_v, a_p], dim=1), torch.stack(predictions, dim=1)
 
 
 class Student(nn.Module):
     """All that inference needs: visual backbone, T-Net for the missing modality, its own fusion.
 
-    Visual input (B, ...) -> student embedding z_s (B, D), prediction (B, K). tnet is T-Net as one
-    linear layer; with nn.Identity as encoder, the input is z_v (B, D). Source: released code.
+    Visual input (B, ...) -> embedding z_s (B, D), prediction (B, K). `tnet` is T-Net as one linear
+    layer. With nn.Identity as `encoder` the input is z_v (B, D). Source: released code.
     """
 
     def __init__(self, encoder, tnet, fusion):
@@ -334,12 +305,11 @@ class Student(nn.Module):
 
 
 def load_student(saved):
-    """The trained student of train.py's student_METHOD.pt, as torch.load(FILE, weights_only=True)
-    gives it. -> Student, frozen.
+    """The trained student, frozen, from saved = torch.load("student_METHOD.pt", weights_only=True).
 
-    It takes input (B, *saved["input_shape"]) as the data set has it (vectors unstandardised, frames
-    as bytes), and gives z_s (B, D) and predictions (B, K): logits of the classes saved["names"], or
-    the values of the columns of these names. Raises KeyError or RuntimeError on any other file.
+    It takes input (B, *saved["input_shape"]) as the data set has it: vectors unstandardised, frames
+    as bytes. It gives z_s (B, D) and predictions (B, K): logits of the classes saved["names"], or
+    values of the columns of those names. Raises KeyError or RuntimeError on another network's file.
     """
     dim, outputs = saved["dim"], len(saved["names"])
     encoder = backbone(saved["input_shape"], dim, saved["width"])

@@ -2,11 +2,12 @@
 
 Plain functions of tensors, in the order in which the three stages need them. B clips in a batch,
 D numbers in an embedding, K outputs. z_j is the joint teacher's embedding, z_t that of the teacher
-chosen for the batch, z_s the student's; S(z) is the B x B matrix of cosine similarities of the rows of z.
+chosen for the batch, z_s the student's; S(z) holds the cosine similarities of the rows of z, B x B.
 
-    stage 1, teachers   task_loss (ccc, cross-entropy)     tnet_loss (mmd)
-    stage 2, align      alignment_loss                     align_stage_loss
-    stage 3, student    choose_teacher   similarity   anchors   ot_loss   centroid_loss   student_loss
+    stage 1, teachers   task_loss (ccc, cross-entropy)   tnet_loss (mmd)
+    stage 2, align      alignment_loss   align_stage_loss
+    stage 3, student    choose_teacher   similarity   anchors   ot_loss   centroid_loss
+                        student_loss
     a baseline          relational
 
 Each docstring names its source: the paper's abstract, the authors' released code, or our choice.
@@ -21,14 +22,14 @@ from sinkhorn import sinkhorn_divergence
 TEACHERS = ("joint", "adapted_visual", "adapted_privileged")
 
 
-# ---- stage 1: the task, and T-Net -------------------------------------------------------------------
+# ---- stage 1: the task, and T-Net ---------------------------------------------------------------
 
 
 def ccc(prediction, label):
-    """Lin's concordance correlation coefficient of each column, (N, K) and (N, K) -> (K,) in [-1, 1].
+    """Lin's concordance correlation coefficient by column, (N, K) and (N, K) -> (K,) in [-1, 1].
 
     2 cov / (var + var + (difference of means)^2), with population moments; 0 where both columns are
-    constant, as there is nothing to agree about. Source: the field's metric for valence and arousal.
+    constant, as there is nothing to agree about. Source: the field's metric of valence and arousal.
     """
     p, y = prediction - prediction.mean(0), label - label.mean(0)
     gap = prediction.mean(0) - label.mean(0)
@@ -39,7 +40,7 @@ def ccc(prediction, label):
 def task_loss(prediction, label):
     """Loss of the task itself, a scalar. Source: released code.
 
-    Integer labels (B,): cross-entropy of logits (B, K). Float labels (B, K): 1 - CCC, mean of the columns.
+    Integer labels (B,): cross-entropy of logits (B, K). Float labels (B, K): 1 - CCC, mean over K.
     """
     if label.dtype.is_floating_point:
         return 1 - ccc(prediction, label).mean()
@@ -47,16 +48,17 @@ def task_loss(prediction, label):
 
 
 def mmd(x, y, kernels=5):
-    """Squared maximum mean discrepancy of two samples (B, D) with several Gaussian kernels; >= 0.
+    """Squared maximum mean discrepancy of two samples (B, D), by several Gaussian kernels; >= 0.
 
-    Bandwidths double from one kernel to the next and are centred on the mean squared distance of the
-    pooled sample, through which no gradient flows. Source: released code.
+    Bandwidths double from one kernel to the next. The middle one is the mean squared distance in
+    the pooled sample, through which no gradient flows. Source: released code.
     """
     z = torch.cat([x, y])
     squared = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist") ** 2
     bandwidth = squared.detach().sum() / (len(z) ** 2 - len(z))
     bandwidth = bandwidth.clamp_min(torch.finfo(z.dtype).tiny)
-    kernel = sum(torch.exp(-squared / (bandwidth * 2.0 ** (i - kernels // 2))) for i in range(kernels))
+    bandwidths = [bandwidth * 2.0 ** (i - kernels // 2) for i in range(kernels)]
+    kernel = sum(torch.exp(-squared / bandwidth) for bandwidth in bandwidths)
     n = len(x)
     return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()
 
@@ -64,13 +66,13 @@ def mmd(x, y, kernels=5):
 def tnet_loss(hallucinated, z_p, kind="mse"):
     """Distance of T-Net's output to the privileged embedding, (B, D) each; kind is "mse" or "mmd".
 
-    Source: released code has both. MMD compares two clouds and forgets which row belongs to which, MSE
-    compares row with row.
+    MSE compares row with row; MMD compares two clouds and forgets which row belongs to which.
+    Source: released code has both.
     """
     return F.mse_loss(hallucinated, z_p) if kind == "mse" else mmd(hallucinated, z_p)
 
 
-# ---- stage 2: alignment -----------------------------------------------------------------------------
+# ---- stage 2: alignment -------------------------------------------------------------------------
 
 
 def cosine_distance(x, y):
@@ -79,30 +81,30 @@ def cosine_distance(x, y):
 
 
 def alignment_loss(adapted_visual, adapted_privileged, z_j):
-    """Cosine distance of both adapted embeddings to the joint one, (B, D) each; gradients reach z_j too.
+    """Cosine distance of both adapted embeddings to the joint one, (B, D) each.
 
-    Source: released code.
+    Gradients reach z_j too. Source: released code.
     """
     return cosine_distance(adapted_visual, z_j) + cosine_distance(adapted_privileged, z_j)
 
 
 def align_stage_loss(align, task_joint, task_visual, task_privileged, w_align=0.5, w_head=0.5):
-    """w_align * align + (1 - w_align) * (task of the joint + w_head * (tasks of both adapted heads)).
+    """The alignment, and the task losses of the joint teacher and of both adapted ones; scalars.
 
     Source: released code, where both weights are 0.5.
     """
     return w_align * align + (1 - w_align) * (task_joint + w_head * (task_visual + task_privileged))
 
 
-# ---- stage 3: the student ---------------------------------------------------------------------------
+# ---- stage 3: the student -----------------------------------------------------------------------
 
 
 def choose_teacher(losses):
-    """Index of the teacher of least task loss on the batch: a tensor, so that the device need not stop.
+    """Index of the teacher of least task loss on the batch, a tensor: the device need not wait.
 
-    losses (n,), one a teacher in the order of TEACHERS. Of equal ones the first, the joint teacher,
-    wins. Falling back on the joint teacher is what avoids negative transfer. Source: abstract; per
-    batch as in the released code.
+    losses (n,), one for each of TEACHERS. Of equal ones the first, the joint teacher, wins. To fall
+    back on the joint teacher is what avoids negative transfer. Source: abstract; per batch, as in
+    the released code.
     """
     return losses.argmin()
 
@@ -117,26 +119,28 @@ def similarity(z):
 
 
 def anchors(S_t, k=30, which="most"):
-    """For every row the columns of its k "most" or "least" similar clips, by the teacher.
+    """For every row the columns of its k "most" or "least" similar clips, as the teacher sees them.
 
     (B, B) -> (B, k), in order of similarity; a batch smaller than k gives all its columns. Source:
-    PKDOT's abstract speaks of top-k anchors that capture local structure, which reads as "most"; the
-    released code takes "least". Raises ValueError on any other word.
+    PKDOT's abstract speaks of top-k anchors that capture local structure, which reads as "most";
+    the released code takes "least". Raises ValueError on any other word.
     """
     if which not in ("most", "least"):
         raise ValueError(f'which must be "most" or "least", not {which!r}')
     return S_t.topk(min(k, S_t.shape[1]), dim=1, largest=which == "most").indices
 
 
-def ot_loss(S_t, S_s, k=30, which="most", shift=False, eps=0.01, debias=True, tol=1e-2, max_iter=300):
+def ot_loss(
+    S_t, S_s, k=30, which="most", shift=False, eps=0.01, debias=True, tol=1e-2, max_iter=300
+):
     """Entropic optimal transport between the rows of the teacher's and the student's similarities.
 
-    The teacher's anchors are gathered from both matrices (B, B), which gives (B, k) each; with `shift`
-    each matrix is made non-negative by its own minimum before. OT of the rows, with uniform weights and
-    cost |x - y|^2 / 2, is a scalar. `debias` subtracts the two self-transports. Source: released code
-    (shifted, debiased); the paper states entropic OT. No shift is ours: the two minima differ, and
-    their difference would count as one of structure. tol and max_iter are what a training step needs
-    (ours).
+    The teacher's anchors are gathered from both matrices (B, B), which gives (B, k) each. OT of the
+    rows, with uniform weights and cost |x - y|^2 / 2, is a scalar. `debias` subtracts half of each
+    self-transport. `shift` first makes each matrix non-negative by its own minimum. Source: the
+    paper states entropic OT; the released code shifts and debiases. No shift is ours: the minima
+    differ, and that would count as a difference of structure. tol and max_iter are what a training
+    step needs (ours).
     """
     columns = anchors(S_t, k, which)
     if shift:
@@ -147,25 +151,22 @@ def ot_loss(S_t, S_s, k=30, which="most", shift=False, eps=0.01, debias=True, to
 
 
 def centroid_loss(S_t, S_s):
-    """|| mean over rows of S_t - mean over rows of S_s ||_2, of the full, unshifted matrices (B, B).
-
-    Source: released code.
-    """
+    """|| mean row of S_t - mean row of S_s ||_2, (B, B) each, unshifted. Source: released code."""
     return torch.linalg.vector_norm(S_t.mean(0) - S_s.mean(0))
 
 
 def student_loss(weights, prediction, label, z_s, z_t, **transport):
-    """The loss of a student: the weighted sum of the terms named in `weights`, {term: weight}.
+    """The loss of a student: the weighted sum of the terms that `weights` names, {term: weight}.
 
-    task       loss of the task itself
-    ot         optimal transport between the anchor similarities of S_t and S_s
-    centroid   distance of the centroids of S_t and S_s
-    mse, cosine, rkd   other distillations: distance of z_s to z_t, see below
+    task       the loss of the task itself
+    ot         optimal transport between the anchor similarities of z_t and of z_s
+    centroid   distance between the centroids of S(z_t) and of S(z_s)
+    mse, cosine, rkd   mean squared error, cosine distance, relational distillation of z_s and z_t
 
-    prediction (B, K) and z_s (B, D) are the student's, z_t (B, D) the chosen teacher's, without
-    gradient; `transport` goes to ot_loss. Returns a dict of scalars: "loss", and each term unweighted.
-    MT-PKDOT is task, ot and centroid, 0.8, 0.2 and 0.2 in the released code. PKDOT, its single-teacher
-    ancestor, is task and ot, 1 and 0.6 there, with the joint teacher. train.py has our weights.
+    prediction (B, K) and z_s (B, D) are the student's; z_t (B, D) is the chosen teacher's and gets
+    no gradient; `transport` goes to ot_loss. Returns a dict of scalars: "loss", and each term
+    unweighted. Source: in the released code MT-PKDOT is 0.8 task + 0.2 ot + 0.2 centroid, and its
+    single-teacher ancestor PKDOT task + 0.6 ot, to the joint teacher. train.py has our weights.
     """
     z_t = z_t.detach()
     S_t, S_s = similarity(z_t), similarity(z_s)
@@ -181,15 +182,16 @@ def student_loss(weights, prediction, label, z_s, z_t, **transport):
     return {"loss": sum(weights[name] * term for name, term in terms.items()), **terms}
 
 
-# ---- a distillation it is compared with -------------------------------------------------------------
+# ---- a distillation it is compared with ---------------------------------------------------------
 
 
 def relational(z_s, z_t, vertices=16):
     """Relational distillation, (B, D) and (B, D) -> scalar. Source: Park et al. (2019).
 
     Huber distance between the student's and the teacher's distances of all pairs, each in units of
-    their mean, plus twice that between the cosines of the angles of triples. The triples are those with
-    one of the first `vertices` clips at the vertex: a fair sample in a shuffled batch (ours, for time).
+    their mean, plus twice that between the cosines of the angles of triples. Of these only the ones
+    with one of the first `vertices` clips at the vertex are taken: a fair sample, if a batch is
+    shuffled (ours, for time).
     """
     distances, angles = [], []
     for z in (z_s, z_t):

@@ -1,10 +1,21 @@
-"""The training script end to end, at a small size: files, schema, stages one by one, honesty of the scores."""
+"""The training script end to end, at a small size: what it saves, what its scores are scores of, the
+student on new data, and what it says of a mistake.
+
+`run` is train.py within this process, `go` is train.py as a script in a process of its own.
+"""
 
 import csv
 import json
+import multiprocessing
 import os
-import subprocess
+import re
+import resource
+import runpy
+import shutil
 import sys
+import threading
+import time
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -12,384 +23,453 @@ import pytest
 import torch
 from scipy import stats
 
+import models
 import train
-from models import Encoder, Fusion, ResNet18, Student, TNet
 
-sys.modules["matplotlib"] = None  # for time: one test, in test_resume.py, draws
-SMALL = ["--dim", "16", "--epochs", "2", "--device", "cpu"]
-VARIANTS = ["mtpkdot-unaligned", "mtpkdot-no-centroid", "mtpkdot-joint", "mtpkdot-visual", "mtpkdot-privileged"]
-METHODS = ["mtpkdot", *VARIANTS, "pkdot", "mse", "cosine", "rkd", "task", "visual"]
+sys.modules["matplotlib"] = None  # for time: one test draws
+SMALL = ["--dim", 8, "--epochs", 2, "--batch-size", 32, "--device", "cpu"]
+RAW = ["--epochs", 1, "--dim", 16, "--width", 2, "--clip-stride", 12, "--batch-size", 16]
+TEACHERS = ["visual", "privileged", "joint", "joint_aligned", "adapted_visual", "adapted_privileged"]
+ABLATIONS = ["unaligned", "no-centroid", "joint", "visual", "privileged"]
+OTHERS = ["pkdot", "mse", "cosine", "rkd", "task", "visual"]
+METHODS = ["mtpkdot", *(f"mtpkdot-{name}" for name in ABLATIONS), *OTHERS]
+
+
+# ---- helpers, of the other tests too ------------------------------------------------------------
 
 
 def run(capsys, *argv):
-    """Output of `train.py argv`; for a mistake, its one line on stderr."""
+    """What train.py prints; for a mistake, its one line on stderr."""
     capsys.readouterr()
     try:
-        train.main([str(a) for a in (*argv, *SMALL)])
+        train.main([str(a) for a in (*SMALL, *argv)])
     except SystemExit as stop:
-        error = capsys.readouterr().err
-        assert stop.code == 2 and error.startswith("train.py: ") and error.count("\n") == 1, error
-        return error
+        said = capsys.readouterr().err
+        assert stop.code == 2 and said.startswith("train.py: ") and said.count("\n") == 1, said
+        return said
     return capsys.readouterr().out
 
 
-def two_view(path, n=120, regression=False, **more):
-    """Two noisy views of a class (or of two values)."""
+def as_script(argv, folder, limit, writer, stdout):
+    """What `go` runs. torch is imported already, in the process that this one is a fork of."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    for stream in (1, 2) if stdout else (2,):
+        os.dup2(writer.fileno(), stream)
+    writer.close()
+    os.chdir(folder)
+    if limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    torch.set_num_threads(1)
+    sys.argv = ["train.py", *argv]
+    try:
+        runpy.run_path(train.__file__, run_name="__main__")
+    finally:
+        if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 2 * 2**20:
+            print("more than 2 GiB", file=sys.stderr)
+
+
+CONTEXT, LOCK = multiprocessing.get_context("forkserver"), threading.Lock()
+CONTEXT.set_forkserver_preload(["torch._dynamo", __name__])
+
+
+def go(*argv, folder=".", send=None, after=0, limit=None, stdout=False):
+    """Run train.py. -> exit code, what it said on stderr (stdout=True: or on stdout), seconds.
+
+    send   a signal that it gets after so many seconds
+    limit  the size of the largest file that it may write, in bytes
+    """
+    reader, writer = CONTEXT.Pipe(duplex=False)
+    job = ([str(a) for a in argv], str(folder), limit, writer, stdout)
+    with LOCK:
+        process = CONTEXT.Process(target=as_script, args=job)
+        process.start()
+    writer.close()
+    start = time.monotonic()
+    timers = [threading.Timer(60, process.kill)]
+    if send:
+        timers.append(threading.Timer(after, os.kill, (process.pid, send)))
+    for timer in timers:
+        timer.start()
+    with open(reader.fileno(), closefd=False, errors="replace") as pipe:
+        said = pipe.read()
+    seconds = time.monotonic() - start
+    for timer in timers:
+        timer.cancel()
+        timer.join()
+    with LOCK:
+        process.join()
+    return Namespace(code=process.exitcode, said=said, seconds=seconds)
+
+
+def one_line(done, code=2):
+    assert done.code == code and done.said.startswith("train.py: "), done
+    assert done.said.count("\n") == 1, done
+    return done.said
+
+
+def two_view(path, n=96, regression=False, **more):
+    """Two noisy views of a class, 4 to 6, or of two values. The visual view also says, in one column
+    a row, which row it is: the mean of these columns tells which rows a network has seen."""
     rng = np.random.default_rng(0)
     label = rng.uniform(-1, 1, (n, 2)) if regression else np.arange(n) % 3 + 4
-    mean = label @ rng.normal(size=(2, 6)) if regression else rng.normal(size=(3, 6))[label - 4]
-    views = {"visual": mean + rng.normal(size=(n, 6)), "privileged": mean + 0.3 * rng.normal(size=(n, 6))}
-    np.savez(path, label=label, **{k: v for k, v in {**views, **more}.items() if v is not None})
+    mean = label @ rng.normal(size=(2, 6)) if regression else 2 * rng.normal(size=(3, 6))[label - 4]
+    visual = np.hstack([mean + rng.normal(size=(n, 6)), np.eye(n)])
+    views = {"visual": visual, "privileged": mean + 0.3 * rng.normal(size=(n, 6))}
+    np.savez(path, **{"label": label, "group": np.arange(n) // 4, **views, **more})
     return path
-
-
-@pytest.fixture(scope="module")
-def digits_like(tmp_path_factory):
-    """A finished run of everything on three folds: (data file, run folder)."""
-    folder = tmp_path_factory.mktemp("run")
-    data = two_view(folder / "data.npz")
-    train.main([str(a) for a in (*arguments((data,), folder / "out"), "--method", "all", *SMALL)])
-    return data, folder / "out"
-
-
-def arguments(digits_like, out):
-    return ["--dataset", "features", "--data", digits_like[0], "--folds", 3, "--out", out]
 
 
 def results(folder):
     return json.loads((folder / "results.json").read_text())
 
 
-def test_results_have_the_promised_schema(digits_like):
-    got = results(digits_like[1])
-    keys = ["dataset", "task", "metric", "seed", "arguments", "folds", "mean", "stderr", "less_task", "less_visual"]
-    assert list(got) == keys
-    assert (got["dataset"], got["task"], got["metric"], got["seed"]) == ("features", "classification", "accuracy", 0)
-    teachers = ["visual", "privileged", "joint", "joint_aligned", "adapted_visual", "adapted_privileged"]
-    assert [report["fold"] for report in got["folds"]] == [0, 1, 2]
-    for report in got["folds"]:
-        assert list(report) == ["fold", *teachers, "students", "teacher_picks"]
+def history(folder):
+    with (folder / "history.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def seen(saved):
+    """The rows that a saved network's standardisation has seen."""
+    weights = saved["weights"]
+    mean = weights["encoder.mean"] if "encoder.mean" in weights else weights["mean"]
+    return np.flatnonzero(mean[6:] > 0)
+
+
+def predict(saved, visual):
+    return models.load_student(saved)(torch.tensor(visual, dtype=torch.float32))[1]
+
+
+def accuracy(saved, data, rows):
+    said = np.array(saved["names"])[predict(saved, data["visual"][rows]).argmax(1)]
+    return (said == data["label"][rows]).mean()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of everything on three folds: data file, folder, and what was printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    data = two_view(folder / "data.npz")
+    argv = [*SMALL, "--dataset", "features", "--data", data, "--folds", 3, "--method", "all"]
+    done = go(*argv, "--out", folder / "out", stdout=True)
+    assert done.code == 0, done
+    return Namespace(data=data, out=folder / "out", printed=done.said, argv=argv[:-2])
+
+
+def interval(a, b):
+    test = stats.ttest_rel(a, b)
+    low, high = test.confidence_interval(0.95)
+    return {"mean": np.mean(np.subtract(a, b)), "low": low, "high": high}
+
+
+# ---- what a run leaves --------------------------------------------------------------------------
+
+
+def test_results_are_all_there_and_their_statistics_are_right(finished):
+    got = results(finished.out)
+    head = ["dataset", "task", "metric", "seed", "arguments"]
+    assert list(got) == [*head, "folds", "mean", "stderr", "less_task", "less_visual"]
+    assert [got[key] for key in head[:4]] == ["features", "classification", "accuracy", 0]
+    assert got["arguments"]["epochs"] == 2 and got["arguments"]["method"] == "all"
+    for number, report in enumerate(got["folds"]):
+        assert set(report) >= {"seed", "fold", *TEACHERS, "students", "teacher_picks"}
+        assert (report["seed"], report["fold"]) == (0, number)
         assert list(report["students"]) == METHODS
-        assert all(0 <= s["last"] <= s["best"] <= 1 for s in report["students"].values())
-        assert sum(report["teacher_picks"].values()) == 2  # one batch an epoch, two epochs
-    for name in teachers:
-        values = [report[name] for report in got["folds"]]
-        assert abs(got["mean"][name] - np.mean(values)) < 1e-12
-        assert abs(got["stderr"][name] - np.std(values, ddof=1) / np.sqrt(3)) < 1e-12
-    assert set(got["mean"]["students"]["pkdot"]) == {"best", "last"}
+        assert sum(report["teacher_picks"].values()) == pytest.approx(1)
+    students = {m: [report["students"][m] for report in got["folds"]] for m in METHODS}
+    columns = {name: [report[name] for report in got["folds"]] for name in TEACHERS}
+    for part, statistic in (("mean", np.mean), ("stderr", lambda x: np.std(x, ddof=1) / 3**0.5)):
+        for want, have in ((columns, got[part]), (students, got[part]["students"])):
+            assert all(have[name] == pytest.approx(statistic(want[name])) for name in want)
+    for other in ("task", "visual"):
+        assert list(got[f"less_{other}"]) == [m for m in METHODS if m != other]
+        for method, gap in got[f"less_{other}"].items():
+            want = interval(students[method], students[other])
+            assert gap == pytest.approx(want, nan_ok=True) or np.isnan(want["low"])
 
 
-def test_history_has_a_row_a_stage_and_epoch(digits_like):
-    rows = list(csv.DictReader((digits_like[1] / "history.csv").open()))
-    models = [("teachers", m) for m in ("visual", "privileged", "joint", "tnet")] + [("align", "align")]
-    models += [("student", m) for m in METHODS]
-    want = [(str(f), s, m, str(e)) for f in range(3) for s, m in models for e in (1, 2)]
-    assert [(r["fold"], r["stage"], r["model"], r["epoch"]) for r in rows] == want
-    assert all(np.isfinite(float(r["loss"])) and np.isfinite(float(r["score"])) for r in rows)
-    mtpkdot = [r for r in rows if r["model"] == "mtpkdot"]
-    for r in mtpkdot:
-        w = train.WEIGHTS
-        total = sum(w[name] * float(r[name]) for name in ("task", "ot", "centroid"))
-        assert abs(float(r["loss"]) - total) < 1e-5
-        assert all(float(r[f"{name}_gradient"]) > 0 for name in ("task", "ot", "centroid"))
+def test_history_has_a_row_a_network_and_epoch_and_losses_add_up(finished):
+    rows = history(finished.out)
+    names = [f"teachers_{name}" for name in ("visual", "privileged", "joint", "tnet")] + ["align"]
+    names += [f"student_{method}" for method in METHODS]
+    want = [(str(f), name, str(epoch)) for f in range(3) for name in names for epoch in (1, 2)]
+    assert [(row["fold"], row["model"], row["epoch"]) for row in rows] == want
+    known = [float(v) for row in rows for k, v in row.items() if v and k not in ("stage", "model")]
+    assert np.isfinite(known).all() and all(row["loss"] and row["score"] for row in rows)
+    weights = {"mtpkdot": {"task": 0.8, "ot": 1, "centroid": 0.02}, "pkdot": {"task": 1, "ot": 1.25}}
+    weights.update({name: {"task": 1, name: 1} for name in ("mse", "cosine", "rkd")})
+    for row in rows:
+        terms = weights.get(row["model"].removeprefix("student_"), {})
+        total = sum(weight * float(row[term]) for term, weight in terms.items())
+        assert not terms or float(row["loss"]) == pytest.approx(total, abs=1e-5)
 
 
-def test_scores_are_those_of_the_saved_students(digits_like):
-    """Accuracy recomputed from the file of weights, by hand, on rows that were not trained on."""
-    data = np.load(digits_like[0])
-    held_out = []
-    for report in results(digits_like[1])["folds"]:
-        saved = torch.load(digits_like[1] / f"fold{report['fold']}/student_mtpkdot.pt", weights_only=True)
-        net = Student(Encoder(6, 16), TNet(16), Fusion(16, 3)).eval()
-        net.load_state_dict(saved["weights"])
-        rows = saved["val"].numpy()
-        held_out.extend(rows)
-        trained_on = np.delete(data["visual"], rows, axis=0)  # the standardisation has not seen these rows either
-        assert np.allclose(net.encoder.mean, trained_on.mean(0), atol=1e-5)
-        assert np.allclose(net.encoder.std, trained_on.std(0), rtol=1e-5)
-        prediction = net(torch.tensor(data["visual"][rows], dtype=torch.float32))[1].argmax(1).numpy() + 4
-        assert (prediction == data["label"][rows]).mean() == report["students"]["mtpkdot"]["best"]
-    assert sorted(held_out) == list(range(len(data["label"])))
+def line_of(printed, kind, name):
+    return re.search(rf"^{kind}{name}  +(.*)", printed, re.MULTILINE)[1]
 
 
-def test_table_shows_every_row(digits_like, capsys):
-    out = run(capsys, *arguments(digits_like, digits_like[1]), "--stage", "student", "--method", "task")
-    assert all(label in out for label in train.LABELS.values())
-    assert all(out.count(f"\n{m}  ") == 2 for m in METHODS) and "Teacher that mtpkdot picked" in out
-    assert f"{100 * results(digits_like[1])['mean']['joint']:.1f}" in out
+def test_the_table_shows_every_model(finished):
+    got = results(finished.out)["mean"]
+    for name in TEACHERS:
+        line = line_of(finished.printed, "(?:teacher:? )?", name.replace("_", " "))
+        assert line.startswith(f"{100 * got[name]:.1f} ±")
+    for method in METHODS:
+        line = line_of(finished.printed, "student:? ", method)
+        assert line.startswith(f"{100 * got['students'][method]:.1f} ±")
+        assert line.count("[") == (1 if method in ("task", "visual") else 2)  # intervals
 
 
-def test_same_seed_same_results_and_stages_one_by_one(digits_like, tmp_path, capsys):
-    base = arguments(digits_like, tmp_path)
-    for stage in ("teachers", "align"):
-        run(capsys, *base, "--stage", stage)
-    for method in reversed(METHODS):
+def test_regression_on_one_split_with_and_without_pictures(tmp_path, capsys, monkeypatch):
+    split = np.where(np.arange(96) < 64, "train", "val")
+    path, out = two_view(tmp_path / "d.npz", regression=True, split=split), tmp_path / "out"
+    base = ["--dataset", "features", "--data", path, "--out", out, "--method", "task"]
+    printed = run(capsys, *base)  # one fold, one student: no standard error, nothing to compare
+    line, got, data = line_of(printed, "student:? ", "task"), results(out), np.load(path)
+    assert "±" not in line and "[" not in line and got["stderr"]["joint"]["mean"] is None
+    column = got["mean"]["students"]["task"]
+    assert column["mean"] == pytest.approx((column["valence"] + column["arousal"]) / 2)
+    x, y = predict(load(out / "fold0/student_task.pt"), data["visual"][64:]), data["label"][64:, 0]
+    x = x.double().numpy()[:, 0]
+    ccc = 2 * np.cov(x, y, ddof=0)[0, 1] / (x.var() + y.var() + (x.mean() - y.mean()) ** 2)
+    assert got["task"] == "regression" and column["valence"] == pytest.approx(ccc, abs=1e-5)
+
+    assert printed.count("No pictures") == 1 and not list(out.glob("*.png"))
+    monkeypatch.delitem(sys.modules, "matplotlib")
+    pytest.importorskip("matplotlib")
+    assert "No pictures" not in run(capsys, *base)
+    for name in ("history", "similarity"):
+        assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# ---- what the scores are scores of --------------------------------------------------------------
+
+
+def test_scores_are_of_rows_that_nothing_was_learnt_from(finished):
+    data, scored = np.load(finished.data), []
+    for report in results(finished.out)["folds"]:
+        fold = finished.out / f"fold{report['fold']}"
+        saved, view = load(fold / "student_mtpkdot.pt"), load(fold / "teachers_visual.pt")
+        scored.extend(val := saved["val"].numpy())
+        trained = seen(saved)
+        assert (trained == seen(view)).all()
+        chose = np.setdiff1d(np.arange(96), [*val, *trained])
+        assert len(chose) == 12  # 3 of 16 people
+        people = [set(data["group"][rows]) for rows in (val, trained, chose)]
+        assert sum(map(len, people)) == len(set.union(*people)) == 24
+        assert accuracy(saved, data, val) == report["students"]["mtpkdot"]
+        epochs = [row for row in saved["history"] if row["model"] == "student_mtpkdot"]
+        assert accuracy(saved, data, chose) == max(row["score"] for row in epochs)
+    assert sorted(scored) == list(range(96))
+
+
+def test_rows_that_choose_and_rows_that_score_leave_no_trace_in_the_weights(tmp_path, capsys):
+    base = ["--dataset", "features", "--folds", 3, "--fold", 0, "--method", "mtpkdot", "--epochs", 1]
+    run(capsys, *base, "--data", two_view(tmp_path / "d.npz"), "--out", tmp_path / "one")
+    one, data = load(tmp_path / "one/fold0/student_mtpkdot.pt"), dict(np.load(tmp_path / "d.npz"))
+    others = np.setdiff1d(np.arange(96), seen(one))
+    for key in ("visual", "privileged"):
+        data[key][others] = 0.1 + data[key][others][::-1]
+    data["label"][others] = data["label"][others][::-1]
+    np.savez(tmp_path / "other.npz", **data)
+    run(capsys, *base, "--data", tmp_path / "other.npz", "--out", tmp_path / "two")
+    two = load(tmp_path / "two/fold0/student_mtpkdot.pt")
+    assert all(torch.equal(one["weights"][key], two["weights"][key]) for key in one["weights"])
+    assert one["scores"] != two["scores"] or one["history"] != two["history"]
+
+
+def test_stages_one_by_one_give_the_same(finished, tmp_path, capsys):
+    base = [*finished.argv, "--out", tmp_path, "--stage"]
+    assert "--stage teachers first" in run(capsys, *base, "align")
+    assert "--stage teachers first" in run(capsys, *base, "student", "--method", "task")
+    run(capsys, *base, "teachers")
+    assert "--stage align first" in run(capsys, *base, "student")
+    run(capsys, *base, "align")
+    for method in ("task", "pkdot", "mtpkdot"):
         for fold in (2, 0, 1):
-            run(capsys, *base, "--stage", "student", "--method", method, "--fold", fold)
-    whole, pieces = results(digits_like[1]), results(tmp_path)
-    for part in ("folds", "mean", "stderr"):
-        assert whole[part] == pieces[part]
-    assert (tmp_path / "history.csv").read_text() == (digits_like[1] / "history.csv").read_text()
-    run(capsys, *arguments(digits_like, tmp_path / "again"), "--method", "all")
-    again = (tmp_path / "again" / "results.json").read_text()
-    run(capsys, *arguments(digits_like, tmp_path / "twice"), "--method", "all")
-    assert again == (tmp_path / "twice" / "results.json").read_text()
-    run(capsys, *arguments(digits_like, tmp_path / "other"), "--seed", 1)
-    assert results(tmp_path / "other")["folds"] != whole["folds"]
+            run(capsys, *base, "student", "--method", method, "--fold", fold)
+    whole, pieces = results(finished.out), results(tmp_path)
+    for report in (*whole["folds"], whole["mean"], whole["stderr"]):
+        report["students"] = {m: report["students"][m] for m in ("mtpkdot", "pkdot", "task")}
+    assert all(whole[part] == pieces[part] for part in ("folds", "mean", "stderr"))
 
 
-def test_eval_needs_the_visual_view_only(digits_like, tmp_path, capsys):
-    data = dict(np.load(digits_like[0]))
-    np.savez(tmp_path / "faces.npz", visual=data["visual"], label=data["label"])
-    before = (digits_like[1] / "results.json").read_bytes()
-    out = run(capsys, "--stage", "eval", "--dataset", "features", "--data", tmp_path / "faces.npz",
-              "--out", digits_like[1], "--method", "all")  # fmt: skip
-    assert "validation rows of its own data" in out and (digits_like[1] / "results.json").read_bytes() == before
-    scored = json.loads((digits_like[1] / "eval.json").read_text())
-    for mine, theirs in zip(scored["folds"], results(digits_like[1])["folds"]):
-        assert mine["students"] == {m: s["best"] for m, s in theirs["students"].items() if m != "visual"}
-
-
-def test_differences_are_paired_by_fold_and_by_seed_over_its_folds(digits_like, tmp_path, capsys):
-    def interval(gaps):  # scipy's own
-        t = stats.ttest_1samp(gaps, 0).confidence_interval(0.95)
-        return {"mean": np.mean(gaps), "low": t.low, "high": t.high}
-
-    whole = results(digits_like[1])
-    gaps = [r["students"]["mse"]["last"] - r["students"]["task"]["last"] for r in whole["folds"]]
-    assert whole["less_task"]["mse"]["last"] == pytest.approx(interval(gaps))
-    base = [*arguments(digits_like, tmp_path), "--method", "task"]
-    run(capsys, *base, "--seeds", 3)
-    run(capsys, *base[:-1], "visual", "--seeds", 3, "--stage", "student")
-    got = results(tmp_path)
-    alone = [results(tmp_path / f"seed{seed}") for seed in range(3)]
+def test_several_seeds(finished, tmp_path, capsys):
+    base = [*finished.argv, "--epochs", 1, "--out", tmp_path, "--method", "task,visual", "--seeds", 3]
+    run(capsys, *base)
+    got, alone = results(tmp_path), [results(tmp_path / f"seed{seed}") for seed in range(3)]
     assert [(r["seed"], r["fold"]) for r in got["folds"]] == [(s, f) for s in range(3) for f in range(3)]
-    assert [{k: v for k, v in r.items() if k != "seed"} for r in got["folds"]] == sum((a["folds"] for a in alone), [])
-    means = [a["mean"]["students"] for a in alone]
-    assert got["stderr"]["joint"] == pytest.approx(stats.sem([a["mean"]["joint"] for a in alone]))
-    gaps = [m["task"]["best"] - m["visual"]["best"] for m in means]
-    assert got["less_visual"]["task"]["best"] == pytest.approx(interval(gaps), nan_ok=True)
-    assert f"--out {tmp_path}/seed0" in run(capsys, *base, "--stage", "eval")
-    assert "validation rows" in run(capsys, *arguments(digits_like, tmp_path / "seed0"), "--stage", "eval", *base[-2:])
+    assert got["folds"] == sum((one["folds"] for one in alone), [])
+    joint = [one["mean"]["joint"] for one in alone]
+    assert len(set(joint)) > 1 and got["stderr"]["joint"] == pytest.approx(stats.sem(joint))
+    task, visual = ([one["mean"]["students"][m] for one in alone] for m in ("task", "visual"))
+    assert got["less_visual"]["task"] == pytest.approx(interval(task, visual), nan_ok=True)
+
+
+# ---- what the options do ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["frozen", "finetune", "scratch"])
-def test_student_backbone(kind, digits_like, tmp_path, capsys):
-    base = [*arguments(digits_like, tmp_path), "--fold", 0, "--method"]
-    run(capsys, *base, "mtpkdot", "--student-backbone", kind)
-    run(capsys, *base, "visual", "--student-backbone", kind, "--stage", "student")
-    first, student, visual = (
-        torch.load(tmp_path / "fold0" / f"{name}.pt", weights_only=True)["weights"]
-        for name in ("teachers", "student_mtpkdot", "student_visual")
-    )
-    name = "layers.0.weight"
-    moved = (student[f"encoder.{name}"] - first["visual"][name]).abs().max().item()
-    assert moved == 0 if kind == "frozen" else (0 < moved < 0.02) == (kind == "finetune")
-    assert 0 < (visual[f"0.{name}"] - first["visual"][name]).abs().max() and (kind == "scratch") == bool(
-        (visual[f"0.{name}"] - first["visual"][name]).abs().max() > 0.02
-    )
-    assert all(torch.equal(student[f"tnet.{n}"], t) for n, t in first["tnet"].items())
-    assert all(torch.equal(student[f"encoder.{n}"], first["visual"][n]) for n in ("mean", "std"))
+def test_student_backbone(kind, finished, tmp_path, capsys):
+    base = [*finished.argv, "--out", tmp_path, "--fold", 0, "--method", "task,visual"]
+    run(capsys, *base, "--student-backbone", kind)
+    first = load(tmp_path / "fold0/teachers_visual.pt")["weights"]
+    tnet = models.TNet(8)
+    tnet.load_state_dict(load(tmp_path / "fold0/teachers_tnet.pt")["weights"])
+    for method in ("task", "visual"):
+        weights = load(tmp_path / f"fold0/student_{method}.pt")["weights"]
+        moved = max(
+            (weights[name] - first[name]).abs().max().item() for name in first if "layers" in name
+        )
+        if kind == "frozen" and method == "task":
+            assert moved == 0
+        else:  # four updates of a rate of 1e-3 at most
+            assert 0 < moved and (moved < 5e-3) == (kind != "scratch")
+        assert torch.equal(weights["encoder.mean"], first["encoder.mean"])
+        if method == "task":
+            torch.testing.assert_close(weights["tnet.weight"], tnet.composed().weight)
 
 
-def test_every_student_and_the_visual_network_get_the_same_updates(digits_like, tmp_path, capsys, monkeypatch):
-    steps = []
-    step = torch.optim.Adam.step
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *a: steps.append(1) or step(self, *a))
-    counts = []
-    base = [*arguments(digits_like, tmp_path), "--fold", 0]
-    run(capsys, *base, "--stage", "teachers")
-    run(capsys, *base, "--stage", "align")
-    (tmp_path / "run.json").unlink()  # to give these teachers students of other settings
-    monkeypatch.setattr(sys.modules[__name__], "SMALL", ["--dim", "16", "--device", "cpu", "--updates", "7"])
-    for method in METHODS:
-        steps.clear()
-        run(capsys, *base, "--stage", "student", "--method", method, "--epochs-student", 3)
-        counts.append(len(steps))
-    assert counts == [7] * len(METHODS)  # an epoch is one batch of 80 rows
+def test_every_network_trains_for_as_many_updates(finished, tmp_path, capsys, monkeypatch):
+    steps, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda *a: steps.append(1) or step(*a))
+    argv = ["--dataset", "features", "--data", finished.data, "--folds", 3, "--fold", 0, "--dim", 8]
+    for name in ("backbone", "joint", "tnet", "align", "student", "pkdot"):
+        argv += [f"--epochs-{name}", 1]
+    monkeypatch.setattr(sys.modules[__name__], "SMALL", [])
+    run(capsys, *argv, "--batch-size", 32, "--updates", 3, "--method", "all", "--out", tmp_path)
+    epochs = [row["epoch"] for row in history(tmp_path)]
+    assert epochs == ["1", "2"] * 17 and len(steps) == 17 * 4  # two batches an epoch
 
 
-def test_train_rows_are_drawn_from_the_training_part(digits_like, tmp_path, capsys):
-    base = [*arguments(digits_like, tmp_path), "--method", "task"]
-    run(capsys, *base, "--train-rows", 30)
-    data = np.load(digits_like[0])
+def test_train_rows_and_the_protocol_of_the_paper(finished, tmp_path, capsys):
+    base = [*finished.argv, "--out", tmp_path, "--method", "task", "--select", "val", "--train-rows"]
+    assert "--train-rows" in run(capsys, *base, 65)
+    run(capsys, *base, 30)
     for fold in range(3):
-        saved = torch.load(tmp_path / f"fold{fold}" / "student_task.pt", weights_only=True)
-        whole = torch.load(digits_like[1] / f"fold{fold}" / "student_task.pt", weights_only=True)
-        assert torch.equal(saved["val"], whole["val"])
-        mean = saved["weights"]["encoder.mean"].numpy()
-        assert not np.allclose(mean, whole["weights"]["encoder.mean"].numpy(), atol=1e-3)
-        # 30 rows that are not validated on have this mean: their sum is within the span of 30 such rows
-        outside = np.delete(data["visual"], saved["val"].numpy(), axis=0)
-        assert np.all(30 * mean <= np.sort(outside, axis=0)[-30:].sum(0)) and len(outside) == 80
-    assert "--train-rows: a fold has only 80" in run(capsys, *base, "--train-rows", 81)
+        saved = load(tmp_path / f"fold{fold}/student_task.pt")
+        assert len(seen(saved)) == 30 and not set(seen(saved)) & set(saved["val"].tolist())
+        best = max(row["score"] for row in saved["history"])
+        assert best == results(tmp_path)["folds"][fold]["students"]["task"]
 
 
 def test_preset_is_the_released_code_and_what_is_given_goes_first():
-    args = train.options(["--preset", "released", "--device", "cpu", "--w-ot", "3"])
-    got = (args.anchors, args.shift, args.student_backbone, args.w_task, args.w_centroid, args.eps, args.k, args.dim)
-    assert got == ("least", "min", "frozen", 0.8, 0.2, 0.01, 30, 512)
-    assert (args.lr_student, args.epochs_student, args.lr_pkdot, args.epochs_pkdot) == (5e-4, 10, 1e-4, 20)
-    assert (args.lr_adapter, args.lr_fusion, args.lr_tnet, args.epochs_align) == (5e-3, 1e-4, 5e-5, 10)
-    assert (args.w_align, args.w_head, args.w_pkdot_ot, args.w_ot, args.updates) == (0.5, 0.5, 0.6, 3, 0)
+    got = vars(train.options(["--preset", "released", "--device", "cpu", "--w-ot", "3"]))
+    names = ["lr_student", "epochs_student", "lr_pkdot", "epochs_pkdot", "lr_adapter", "lr_fusion"]
+    assert [got[name] for name in names] == [5e-4, 10, 1e-4, 20, 5e-3, 1e-4]
+    names = ["lr_tnet", "epochs_align", "w_align", "w_head", "w_task", "w_centroid", "w_pkdot_ot"]
+    assert [got[name] for name in names] == [5e-5, 10, 0.5, 0.5, 0.8, 0.2, 0.6]
+    names = ["anchors", "shift", "student_backbone", "eps", "k", "dim", "folds_by", "select"]
+    assert [got[name] for name in names] == ["least", "min", "frozen", 0.01, 30, 512, "clip", "val"]
+    assert (got["updates"], got["lr_decay"], got["w_ot"]) == (0, "none", 3)
 
 
-def test_eval_on_other_data_scores_every_row_with_the_trained_classes(digits_like, tmp_path, capsys):
-    data = dict(np.load(digits_like[0]))
-    keep = data["label"] == 6  # one class only, which is the third of the student's
-    np.savez(tmp_path / "one.npz", visual=data["visual"][keep], label=data["label"][keep])
-    base = ["--stage", "eval", "--dataset", "features", "--out", digits_like[1], "--data"]
-    assert "40 rows, all, as they are not the data" in run(capsys, *base, tmp_path / "one.npz")
-    scored = json.loads((digits_like[1] / "eval.json").read_text())
-    saved = torch.load(digits_like[1] / "fold0/student_mtpkdot.pt", weights_only=True)
-    net = Student(Encoder(6, 16), TNet(16), Fusion(16, 3)).eval()
-    net.load_state_dict(saved["weights"])
-    hits = net(torch.tensor(data["visual"][keep], dtype=torch.float32))[1].argmax(1) == 2
-    assert scored["folds"][0]["students"]["mtpkdot"] == hits.double().mean().item()
-    np.savez(tmp_path / "odd.npz", visual=data["visual"], label=data["label"] + 1)
-    assert "knows the labels [4, 5, 6]; the data has [7]" in run(capsys, *base, tmp_path / "odd.npz")
-    np.savez(tmp_path / "wide.npz", visual=np.ones((4, 7)), label=np.array([4, 5, 4, 5]))
-    assert "input shape [6]" in run(capsys, *base, tmp_path / "wide.npz")
-    np.savez(tmp_path / "float.npz", visual=np.ones((4, 6)), label=np.ones((4, 2)))
-    assert "the data is regression" in run(capsys, *base, tmp_path / "float.npz")
+MISTAKES = [
+    ("--dataset imagenet", "--dataset"),
+    ("--data .", "."),
+    ("--data nowhere.npz", "nowhere.npz"),
+    ("--dataset affwild2 --data nowhere", "nowhere"),
+    ("--fold 3", "--fold"),
+    ("--folds 25", "25"),  # there are 24 people
+    ("--method mtpkdot,nothing", "nothing"),
+    ("--seed 99999999999999999999", "--seed"),
+    ("--batch-size 1", "--batch-size"),
+    ("--dim 15", "--dim"),
+    ("--eps 0", "--eps"),
+    ("--w-ot -1", "--w-ot"),
+    ("--lr-student nan", "--lr-student"),
+    ("--lr-joint 1e30", "joint"),
+    ("--visual-weights r3d_18.pth", "--visual-weights"),
+    ("--stage eval", "--student"),
+    ("--out /proc/nowhere", "/proc/nowhere"),
+    ("--bogus", "--bogus"),
+]
 
 
-def test_published_weights_are_for_raw_data(digits_like, tmp_path, capsys):
-    base = arguments(digits_like, tmp_path)
-    assert "--visual-weights: they are for raw data" in run(capsys, *base, "--visual-weights", "r3d_18.pth")
-
-
-def test_regression_by_person_scores_ccc(tmp_path, capsys):
-    data = two_view(tmp_path / "d.npz", regression=True, group=np.arange(120) // 10)
-    out = run(capsys, "--dataset", "features", "--data", data, "--out", tmp_path / "out", "--folds", 2)
-    got = results(tmp_path / "out")
-    assert (got["task"], got["metric"]) == ("regression", "ccc")
-    assert set(got["mean"]["joint"]) == set(got["stderr"]["joint"]) == {"valence", "arousal", "mean"}
-    best = got["folds"][0]["students"]["mtpkdot"]["best"]
-    assert abs(best["mean"] - (best["valence"] + best["arousal"]) / 2) < 1e-12 and "CCC of valence/arousal" in out
-
-
-def test_synthetic_is_the_default_and_its_split_gives_no_standard_error(tmp_path, capsys):
-    run(capsys, "--out", tmp_path, "--batch-size", 512)
-    got = results(tmp_path)
-    assert got["dataset"] == "synthetic" and len(got["folds"]) == 1 and got["stderr"]["visual"]["mean"] is None
-    run(capsys, "--out", tmp_path, "--stage", "eval")
-    scored = json.loads((tmp_path / "eval.json").read_text())
-    assert scored["mean"]["students"]["mtpkdot"] == got["mean"]["students"]["mtpkdot"]["best"]
-
-
-def test_amp_is_bfloat16_for_raw_input_and_float32_for_what_follows(tmp_path, capsys):
-    on, off = (train.options(["--device", "cpu", "--amp", amp]) for amp in ("on", "off"))
-    assert train.options(["--device", "cpu"]).amp == "off"
-    inside = []
-    for network, x in [(ResNet18(8, width=2), torch.rand(3, 1, 20, 20)), (Encoder(6, 8), torch.rand(3, 6))]:
-        network.eval().requires_grad_(False)
-        hook = next(m for m in network.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)))
-        hook.register_forward_hook(lambda module, x, out: inside.append(out.dtype))
-        half, whole = train.forward(on, network, x), train.forward(off, network, x)
-        assert half.dtype == whole.dtype == torch.float32
-        torch.testing.assert_close(half, whole, rtol=0.05, atol=0.02)
-    assert inside == [torch.bfloat16, torch.float32, torch.float32, torch.float32]
-    base = ["--amp", "on", "--out", tmp_path]
-    run(capsys, *base)
-    run(capsys, *base, "--stage", "eval")
-    scored = json.loads((tmp_path / "eval.json").read_text())
-    assert scored["mean"]["students"]["mtpkdot"] == results(tmp_path)["mean"]["students"]["mtpkdot"]["best"]
-
-
-def test_missing_or_foreign_stages_are_named(digits_like, tmp_path, capsys):
-    base = arguments(digits_like, tmp_path)
-    assert "fold0/teachers.pt is missing: run --stage teachers first" in run(capsys, *base, "--stage", "align")
-    assert "fold0/teachers.pt is missing" in run(capsys, *base, "--stage", "student", "--method", "task")
-    assert "results.json is missing: run --stage student first" in run(capsys, *base, "--stage", "eval")
-    assert not (tmp_path / "results.json").exists()
-    run(capsys, *base, "--stage", "teachers")
-    assert "fold0/align.pt is missing: run --stage align first" in run(capsys, *base, "--stage", "student")
-    assert "run --stage student --method mtpkdot first" in run(capsys, *base, "--stage", "eval")
-    run(capsys, *base, "--stage", "student", "--method", "task")  # needs no alignment
-    note = tmp_path / "run.json"
-    note.unlink()
-    assert "was made from other data" in run(capsys, *base, "--stage", "align", "--seed", 1)
-    note.unlink()
-    run(capsys, *base, "--stage", "align")
-    note.unlink()
-    run(capsys, *base, "--stage", "teachers", "--lr-backbone", 0.1)
-    note.unlink()
-    assert "align.pt was made from other" in run(capsys, *base, "--stage", "student")
-    assert results(tmp_path)["folds"][0]["students"] == {}  # the old one did not have these teachers
-    run(capsys, *base)
-    assert results(tmp_path)["folds"][0]["students"]
-    note.unlink()
-    for stage in ("teachers", "align"):  # other T-Net, same aligned teachers
-        run(capsys, *base, "--stage", stage, "--tnet-loss", "mmd")
-    assert results(tmp_path)["folds"][0]["students"] == {}
-    note.unlink()
-    (tmp_path / "fold0" / "teachers.pt").write_bytes(b"not a checkpoint")
-    assert "fold0/teachers.pt: damaged, or not a file of" in run(capsys, *base, "--stage", "align")
-    torch.save({"somebody": "else's"}, tmp_path / "fold0" / "teachers.pt")
-    assert "fold0/teachers.pt: damaged, or not a file of" in run(capsys, *base, "--stage", "align")
-    (tmp_path / "results.json").write_text("{")
-    assert "results.json is damaged" in run(capsys, *base, "--stage", "eval")
-
-
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        (["--dataset", "imagenet"], "--dataset: invalid choice"),
-        (["--dataset", "features"], "needs --data FILE.npz"),
-        (["--dataset", "features", "--data", "nowhere.npz"], "nowhere.npz: no such file"),
-        (["--dataset", "affwild2"], "data/affwild2"),
-        (["--dataset", "biovid"], "data/biovid"),
-        (["--fold", "1"], "--fold: the folds are 0 to 0"),
-        (["--data", "faces.npz"], "--data: the synthetic data is made in memory"),
-        (["--seed", "9" * 30], "--seed: 9999"),
-        (["--visual-weights", "r3d_18.pth"], "r3d_18.pth: no such file"),
-        (["--levels", "BL1"], "--levels: BL1 is not two or more"),
-        (["--batch-size", "1"], "--batch-size: the CCC of a single clip"),
-        (["--lr-student", "1e30"], "seed 0, fold 0, stage student, mtpkdot, epoch 1, step "),
-        (["--eps", "1e-40"], "mtpkdot, epoch 1, step 1: ot: eps = 1e-40 is too small"),
-        (["--folds", "61"], "60 people, too few for 61 folds"),
-        (["--folds", "1"], "--folds: 1 is not at least 2"),
-        (["--batch-size", "0"], "--batch-size: 0 is not at least 1"),
-        (["--batch-size", "many"], "--batch-size: invalid int value"),
-        (["--eps", "0"], "--eps: 0 is not above 0"),
-        (["--lr-student", "nan"], "--lr-student: nan is not above 0"),
-        (["--w-ot", "-1"], "--w-ot: -1 is not at least 0"),
-        (["--w-align", "2"], "--w-align: 2.0 is above 1"),
-        (["--bogus"], "unrecognized arguments: --bogus"),
-        (
-            ["--lr-backbone", "1e30"],
-            "seed 0, fold 0, stage teachers, visual, epoch 1, step 2: loss is nan; what was saved stays",
-        ),
-        (["--out", "/proc/nowhere"], "cannot be written"),
-    ],
-)
-def test_mistakes_get_one_line(argv, message, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("argv, word", MISTAKES)
+def test_a_mistake_gets_one_line(argv, word, finished, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert message in run(capsys, *argv)
+    base = [*finished.argv, "--out", "out", *argv.split()]
+    assert word in run(capsys, *base)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_where_there_is_none_is_named(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        train.main(["--device", "cuda", "--out", str(tmp_path)])
-    assert "no CUDA device" in capsys.readouterr().err
+# ---- a student on new data ----------------------------------------------------------------------
 
 
-def test_as_a_script_it_is_quiet_off_a_terminal_and_exits_2(tmp_path):
-    script, env = Path(train.__file__), {**os.environ, "PYTHONWARNINGS": "error::DeprecationWarning"}
-    done = subprocess.run([sys.executable, script, "--out", "o", "--batch-size", "512", *SMALL],
-                          cwd=tmp_path, env=env, capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0 and "it/s" not in done.stderr, done.stderr
-    assert done.stdout.count("  epoch ") == 6 * 2 and "joint teacher" in done.stdout
-    done = subprocess.run([sys.executable, script, "--dim", "15"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+def test_eval(finished, tmp_path, capsys):
+    data, new, csv_file = dict(np.load(finished.data)), tmp_path / "new.npz", tmp_path / "p.csv"
+    path = finished.out / "fold1/student_mtpkdot.pt"
+    base, saved = ["--stage", "eval", "--student", path, "--data"], load(path)
+    score = results(finished.out)["folds"][1]["students"]["mtpkdot"]
+    printed = run(capsys, *base, finished.data, "--predictions", csv_file)
+    assert "32 validation rows" in printed and f"{100 * score:.1f}" in printed
+    assert [int(row["name"]) for row in csv.DictReader(csv_file.open())] == saved["val"].tolist()
+
+    rows = np.arange(0, 60, 3)  # of one class only
+    np.savez(new, visual=data["visual"][rows], label=data["label"][rows])
+    assert f"{100 * accuracy(saved, data, rows):.1f}," in run(capsys, *base, new)
+    np.savez(new, visual=data["visual"][rows], label=data["label"][rows] + 5)
+    assert "9" in run(capsys, *base, new).split("[4, 5, 6]")[1]
+    np.savez(new, visual=data["visual"][rows], label=np.ones((20, 2)))
+    assert "regression" in run(capsys, *base, new)
+    np.savez(new, visual=data["visual"][rows, :7], label=data["label"][rows])
+    assert "shape" in run(capsys, *base, new)
+
+    np.savez(new, visual=data["visual"][rows])  # without labels
+    assert "label" in run(capsys, *base, new)
+    assert "Score" not in run(capsys, *base, new, "--predictions", csv_file)
+    want = predict(saved, data["visual"][rows])
+    header, *lines = list(csv.reader(csv_file.open()))
+    assert header == ["name", "prediction", "p_4", "p_5", "p_6"]
+    assert [line[0] for line in lines] == [str(i) for i in range(20)]
+    assert [int(line[1]) - 4 for line in lines] == want.argmax(1).tolist()
+    got = np.array([line[2:] for line in lines], dtype=float)
+    np.testing.assert_allclose(got, want.softmax(1), atol=1e-6)
+    os.mkfifo(tmp_path / "pipe")
+    piped = []
+    reader = threading.Thread(target=lambda: piped.append((tmp_path / "pipe").read_text()))
+    reader.start()
+    run(capsys, *base, new, "--predictions", tmp_path / "pipe")
+    reader.join()
+    assert piped == [csv_file.read_text()]
+    assert csv_file.read_text() in go(*base, new, "--predictions", "/dev/stdout", stdout=True).said
+
+
+@pytest.mark.filterwarnings("ignore:.*faceless")
+def test_raw_data_from_files_to_predictions(tmp_path, capsys):
+    pytest.importorskip("PIL")
+    from test_raw import affwild2_tree, biovid_tree
+
+    tree = affwild2_tree(tmp_path / "affwild2")
+    base = ["--data", tree, *RAW, "--workers", 1]
+    printed = run(capsys, "--dataset", "affwild2", *base, "--out", tmp_path / "run")
+    assert "CCC of valence/arousal" in printed and len(results(tmp_path / "run")["folds"]) == 1
+    for folder in ("annotations", "audio", "cropped_aligned/9_right"):
+        shutil.rmtree(tree / folder)
+    student = tmp_path / "run/fold0/student_mtpkdot.pt"
+    evaluate = ["--stage", "eval", "--predictions", tmp_path / "p.csv", "--student", student]
+    run(capsys, *evaluate, *base)
+    lines = list(csv.reader((tmp_path / "p.csv").open()))
+    assert lines[0] == ["name", "valence", "arousal"]
+    assert lines[1][0] == "1-30-1280x720/00001" and lines[-1][0] == "été.v2/00025"
+    assert len(lines) == 1 + 5 * 3 and np.isfinite(np.array(lines[1:])[:, 1:].astype(float)).all()
+
+    tree = biovid_tree(tmp_path / "biovid", people=4, clips=1, levels=("BL1", "PA1"))
+    base = ["--data", tree, *RAW, "--workers", 0, "--levels", "BL1,PA1"]
+    run(capsys, "--dataset", "biovid", *base, "--folds", 2, "--fold", 1, "--out", tmp_path / "pain")
+    shutil.rmtree(tree / "biosignals_filtered")
+    evaluate[-1] = tmp_path / "pain/fold1/student_mtpkdot.pt"
+    run(capsys, *evaluate, *base[:-2])  # the levels are the student's
+    lines = list(csv.reader((tmp_path / "p.csv").open()))
+    names = [path.name for path in sorted((tree / "frames").glob("*/*"))]
+    assert lines[0] == ["name", "prediction", "p_BL1", "p_PA1"]
+    assert [line[0] for line in lines[1:]] == [names[i] for i in load(evaluate[-1])["val"]]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_three_stages_on_cuda(digits_like, tmp_path, capsys):
-    base = arguments(digits_like, tmp_path)
-    train.main([str(a) for a in (*base, "--method", "all", *SMALL[:-1], "cuda")])
-    mean, cpu = results(tmp_path)["mean"], results(digits_like[1])["mean"]
-    assert abs(mean["joint"] - cpu["joint"]) < 0.15
-    run(capsys, *base, "--stage", "eval", "--method", "all")  # a student trained on CUDA serves on the CPU
+def test_the_three_stages_on_cuda(finished, tmp_path, capsys):
+    run(capsys, *finished.argv, "--device", "cuda", "--method", "all", "--out", tmp_path)
+    got, want = results(tmp_path)["mean"], results(finished.out)["mean"]
+    assert list(got["students"]) == METHODS and abs(got["joint"] - want["joint"]) < 0.15

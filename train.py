@@ -2,13 +2,12 @@
 
     python train.py                                     all three stages on small synthetic data
     python train.py --dataset affwild2 --stage all      on Aff-Wild2, laid out as README says
-    python train.py --stage eval --student runs/affwild2/fold0/student_mtpkdot.pt --data NEW
 
 Read from top to bottom:
     options         what can be set, stage by stage
     a run on disk   one file a network: what is there is loaded, what is not is made
     processes       what torchrun shares out
-    fit             the one training loop, which every network below goes through
+    fit             the one training loop, which every network goes through
     teachers        stage 1: a backbone for each view, the joint teacher, T-Net
     align           stage 2: adapters and heads learn with the joint teacher
     student         stage 3: METHODS, the table of all students, and how one is trained
@@ -21,19 +20,16 @@ device: `forward` takes a batch there, `predict` brings the outputs back.
 """
 
 import argparse
-import contextlib
 import csv
 import io
 import json
 import math
-import multiprocessing
 import os
 import signal
 import sys
 import warnings
 import zipfile
 import zlib
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -71,93 +67,87 @@ def refuse(message):
 
 # ---- options ------------------------------------------------------------------------------------
 
-
-def number(kind, least):
-    """An argparse type: a finite number of at least `least`."""
-
-    def parse(text):
-        value = kind(text)
-        if not least <= value < 2**63:
-            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {least}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
+# The least value of an option, where it is not 1 for whole numbers and 0 for others.
+LEAST = {**dict.fromkeys(("seed", "fold", "updates", "workers"), 0), "eps": 1e-9}
+LEAST.update(dict.fromkeys(("folds", "train_rows", "batch_size", "dim"), 2))
 
 
 def options(argv=None):
     """The arguments, checked and completed. args.groups[stage] names those that a stage adds."""
-    help_with_defaults = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=help_with_defaults)
-    parser.error, groups = refuse, {}
+    how = {"allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    parser = argparse.ArgumentParser(**how)
+    groups = {stage: [] for stage in ("run", "data", *STAGES)}
+    parser.error, sections = refuse, []
 
-    def add(group, name, default, kind, text):
-        """An option; of choices, a tuple, the first is the default."""
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group), []
-        settings = {"default": default, "type": kind, "metavar": "X"}
+    def add(name, default, text, kind=None):
+        """An option of the last group. Of choices the first is the default; a dict makes several."""
+        for part, value in default.items() if isinstance(default, dict) else ():
+            add(f"{name}-{part}", value, text)
+        settings = {"default": default, "type": kind or type(default), "metavar": "X"}
         if isinstance(default, tuple):
             settings = {"default": default[0], "choices": dict.fromkeys(default)}
-        section, names = groups[group]
-        names.append(section.add_argument(f"--{name}", help=text, **settings).dest)
+        if not isinstance(default, dict):
+            option = sections[-1].add_argument(f"--{name}", help=text, **settings)
+            groups[sections[-1].title].append(option.dest)
 
-    def each(group, name, kind, text, **defaults):
-        for part, default in defaults.items():
-            add(group, f"{name}-{part.replace('_', '-')}", default, kind, text)
-
-    count, natural, pair = number(int, 1), number(int, 0), number(int, 2)
-    weight, rate = number(float, 0), number(float, 1e-9)
-    backbones, signals = ("finetune", "frozen", "scratch"), ("emg_corrugator", *datasets.BIOVID_SIGNALS)
-    add("run", "preset", (None, "released"), None, "other defaults: those of the authors' code")
-    add("run", "data", None, str, "file or folder of the data set")
-    add("run", "stage", ("all", *STAGES, "eval"), None, "what to make or to score")
-    add("run", "method", "mtpkdot,task,visual", str, f"students: all, or of {','.join(METHODS)}")
-    add("run", "out", None, Path, "folder of the run; None is runs/DATASET")
-    add("run", "fold", None, natural, "this fold only, counted from 0")
-    add("run", "seeds", 1, count, "repeat everything with as many seeds, from --seed on")
-    add("run", "epochs", None, count, "of every network, in the place of --updates and --epochs-...")
-    add("run", "student", None, Path, "eval: file of the student")
-    add("run", "predictions", None, Path, "eval: .csv file for what it predicts for each clip")
-    add("run", "device", ("auto", "cpu", "cuda"), None, "auto is cuda where there is one")
-    add("run", "workers", min(8, os.cpu_count() or 1), natural, "processes that read raw data")
-    add("data", "dataset", (None, *DATASETS), None, "None is synthetic; eval: the student's")
-    add("data", "seed", 0, natural, "of folds, initial weights and batches")
-    add("data", "folds", None, pair, "number of folds; None is the data's own split, or 5")
-    add("data", "folds-by", ("person", "clip"), None, "clip: people are in training and validation")
-    add("data", "select", ("train", "val"), None, "rows that choose: a fifth to train on, or scored")
-    add("data", "train-rows", None, pair, "train on as many rows of each fold")
-    add("data", "clip-stride", 1, count, "affwild2: take every N-th usable frame")
-    add("data", "levels", "BL1,PA4", str, f"biovid: the classes, of {','.join(datasets.BIOVID_LEVELS)}")
-    add("data", "signal", signals, None, "biovid: the privileged signal")
-    add("data", "batch-size", 128, pair, "clips of a batch, at most")
-    add("data", "updates", 200, natural, "a network trains for as many updates at the least")
-    add("data", "lr-decay", ("linear", "none"), None, "of every rate, to zero")
-    add("data", "dim", models.DIM, pair, "size of an embedding, even")
-    add("data", "width", 64, count, "of the first stage of both 18-layer networks")
-    add("teachers", "visual-weights", None, str, "raw data: published r3d_18 weights to start from")
-    add("teachers", "privileged-weights", None, str, "raw data: published resnet18 weights")
-    each("teachers", "epochs", count, "at the least", backbone=30, joint=20, tnet=30)
-    each("teachers", "lr", rate, "learning rate", backbone=1e-3, joint=5e-4, tnet=5e-4)
-    add("teachers", "tnet-loss", ("mse", "mmd"), None, "T-Net's loss")
-    each("align", "epochs", count, "at the least", align=10)
-    each("align", "lr", rate, "learning rate", adapter=5e-4, fusion=1e-4)
-    each("align", "w", weight, "weight of this loss", align=0.5, head=0.5)
-    add("student", "student-backbone", backbones, None, "the visual backbone in stage 3")
-    each("student", "epochs", count, "at the least", student=10, pkdot=10)
-    each("student", "lr", rate, "learning rate", student=1e-3, pkdot=1e-3)
-    add("student", "k", 30, count, "anchors of a clip")
-    add("student", "anchors", ("most", "least"), None, "the k most or least similar clips")
-    add("student", "shift", ("none", "min"), None, "min: similarities less their minimum before OT")
-    add("student", "eps", 0.01, rate, "entropy of OT, in units of its cost")
-    add("student", "ot", ("debiased", "entropic"), None, "form of OT")
-    each("student", "w", weight, "weight of this part of mtpkdot", task=0.8, ot=1.0, centroid=0.02)
-    each("student", "w", weight, "beside a task loss of weight 1", pkdot_ot=1.25, feature=1.0)
+    sections.append(parser.add_argument_group("run"))
+    add("preset", (None, "released"), "other defaults: those of the authors' code")
+    add("data", None, "file or folder of the data set", str)
+    add("stage", ("all", *STAGES, "eval"), "what to make or to score")
+    add("method", "mtpkdot,task,visual", f"students: all, or of {','.join(METHODS)}")
+    add("out", None, "folder of the run; None is runs/DATASET", Path)
+    add("fold", None, "this fold only, counted from 0", int)
+    add("seeds", 1, "repeat everything with as many seeds, from --seed on")
+    add("epochs", None, "of every network, in the place of --updates and --epochs-...", int)
+    add("student", None, "eval: file of the student", Path)
+    add("predictions", None, "eval: .csv file for what it predicts for each clip", Path)
+    add("device", (["cpu", "cuda"][torch.cuda.is_available()], "cpu", "cuda"), "where networks are")
+    add("workers", min(8, os.cpu_count() or 1), "processes that read raw data")
+    sections.append(parser.add_argument_group("data"))
+    add("dataset", (None, *DATASETS), "None is synthetic; eval: the student's")
+    add("seed", 0, "of folds, initial weights and batches")
+    add("folds", None, "number of folds; None is the data's own split, or 5", int)
+    add("folds-by", ("person", "clip"), "clip: people are in training and validation")
+    add("select", ("train", "val"), "rows that choose epochs: a fifth of those to train on, or scored")
+    add("train-rows", None, "train on as many rows of each fold", int)
+    add("clip-stride", 1, "affwild2: take every N-th usable frame")
+    add("levels", "BL1,PA4", f"biovid: the classes, of {','.join(datasets.BIOVID_LEVELS)}")
+    add("signal", ("emg_corrugator", *datasets.BIOVID_SIGNALS), "biovid: the privileged signal")
+    add("batch-size", 128, "clips of a batch, at most")
+    add("updates", 200, "a network trains for as many updates at the least")
+    add("lr-decay", ("linear", "none"), "of every rate, to zero")
+    add("dim", models.DIM, "size of an embedding, even")
+    add("width", 64, "of the first stage of both 18-layer networks")
+    sections.append(parser.add_argument_group("teachers"))
+    add("visual-weights", None, "raw data: published r3d_18 weights to start from", str)
+    add("privileged-weights", None, "raw data: published resnet18 weights to start from", str)
+    add("epochs", {"backbone": 30, "joint": 20, "tnet": 30}, "at the least")
+    add("lr", {"backbone": 1e-3, "joint": 5e-4, "tnet": 5e-4}, "learning rate")
+    add("tnet-loss", ("mse", "mmd"), "T-Net's loss")
+    sections.append(parser.add_argument_group("align"))
+    add("epochs-align", 10, "at the least")
+    add("lr", {"adapter": 5e-4, "fusion": 1e-4}, "learning rate")
+    add("w", {"align": 0.5, "head": 0.5}, "weight of this loss")
+    sections.append(parser.add_argument_group("student"))
+    add("student-backbone", ("finetune", "frozen", "scratch"), "the visual backbone in stage 3")
+    add("epochs", {"student": 10, "pkdot": 10}, "at the least")
+    add("lr", {"student": 1e-3, "pkdot": 1e-3}, "learning rate")
+    add("k", 30, "anchors of a clip")
+    add("anchors", ("most", "least"), "the k most or least similar clips")
+    add("shift", ("none", "min"), "min: similarities less their minimum before OT")
+    add("eps", 0.01, "entropy of OT, in units of its cost")
+    add("ot", ("debiased", "entropic"), "form of OT")
+    add("w", {"task": 0.8, "ot": 1.0, "centroid": 0.02}, "weight of this term of mtpkdot's loss")
+    add("w", {"pkdot-ot": 1.25, "feature": 1.0}, "weight beside a task loss of weight 1")
 
     first = parser.parse_args(argv)
     parser.set_defaults(**DATASETS[first.dataset or "synthetic"])
     parser.set_defaults(**RELEASED if first.preset else {})
     args = parser.parse_args(argv)
-    args.groups = {group: names for group, (_, names) in groups.items()}
+    for name, value in vars(args).items():
+        least = LEAST.get(name, int(isinstance(value, int)))
+        if isinstance(value, (int, float)) and not least <= value < 2**63:
+            refuse(f"argument --{name.replace('_', '-')}: {value} is not a number from {least} on")
     if (args.stage == "eval") != bool(args.student) or (args.predictions and not args.student):
         refuse("arguments --student, --predictions: they are for --stage eval --student FILE")
     args.methods = list(METHODS) if args.method == "all" else args.method.split(",")
@@ -167,14 +157,13 @@ def options(argv=None):
         refuse(f"argument --dim: {args.dim} is odd, and two attention heads share it")
     if args.device == "cuda" and not torch.cuda.is_available():
         refuse("argument --device: this machine has no CUDA device; use --device cpu")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.levels = args.levels.split(",")
+    args.groups, args.levels = groups, args.levels.split(",")
     args.dataset = args.dataset or ("synthetic" if args.stage != "eval" else None)
     args.out = args.out or Path("runs") / str(args.dataset)
     if args.epochs:
-        epochs = dict.fromkeys(name for name in vars(args) if name.startswith("epochs_"))
-        vars(args).update(dict.fromkeys(epochs, args.epochs), updates=0)
+        args.updates = 0
+        for name in [name for name in vars(args) if name.startswith("epochs_")]:
+            setattr(args, name, args.epochs)
     return args
 
 
@@ -249,7 +238,7 @@ def processes():
 
 
 def wait_for_all():
-    if processes()[1] > 1:
+    if distributed.is_initialized():
         distributed.barrier()
 
 
@@ -314,6 +303,8 @@ def forward(run, network, view, batches):
     for rows, x in zip(batches, DataLoader(view, batch_size=None, sampler=parts, **how)):
         outputs = network(x.to(run.device, non_blocking=True))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        if not all(bool(t.isfinite().all()) for t in outputs):
+            refuse(f"{run.place}: its outputs are not finite; what was saved stays; lower its --lr")
         yield rows, tuple(Gather.apply(t, rows) for t in outputs) if shared else outputs
 
 
@@ -327,17 +318,25 @@ def predict(run, network, view, rows):
     return [torch.cat([t.cpu() for t in parts]) for parts in zip(*outputs)]
 
 
-def fit(run, name, network, rates, epochs, view, loss_of, scores_of, full=None, **about):
+def fit(run, name, network, rates, epochs, view, loss_of, scored, full=None, **about):
     """Train `network` with Adam, keep its best epoch, and leave it in the file `name`.
 
-    rates      [(module, learning rate)]
-    epochs     at the least: --updates may ask for more
-    view       what the network takes: a view of the data set, or embeddings
-    loss_of    (rows, outputs...) -> dict of scalars, of which "loss" is minimised
-    scores_of  (rows, outputs...) -> dict of scores; the first one chooses the epoch
-    full       the network whose weights are saved, where `network` is only a part of it
-    about      what is saved besides
+    rates    [(module, learning rate)]; epochs: at the least, as --updates may ask for more
+    view     what the network takes: a view of the data set, or embeddings
+    loss_of  (rows, outputs...) -> dict of scalars, of which "loss" is minimised
+    scored   names of the models in it whose predictions are scored; the first one's score chooses
+             the epoch, or, where there is none, the loss
+    full     the network whose weights are saved, where `network` is only a part of it
+    about    what is saved besides
     """
+
+    def scores_of(rows):
+        outputs = predict(run, trained, view, rows)
+        if not scored:
+            return {"tnet": -loss_of(rows, *(t.to(run.device) for t in outputs))["loss"].item()}
+        predictions = outputs[1].unbind(1) if len(scored) > 1 else outputs[1:]
+        return {model: score(run.data, said, rows) for model, said in zip(scored, predictions)}
+
     full, trained, train = full or network, network, run.train
     if is_shared(run, view):
         if run.device == "cuda":  # on the CPU batch norms are each process's own
@@ -361,15 +360,13 @@ def fit(run, name, network, rates, epochs, view, loss_of, scores_of, full=None, 
     finished = "scores" in saved
     for epoch in range(len(saved["history"]) + 1, epochs + 1) if not finished else ():
         # Train on every row once.
+        run.place = f"seed {run.seed}  fold {run.number}  {name:<26}  epoch {epoch:>3}/{epochs}"
         trained.train()
         order = train[torch.randperm(len(train))].tensor_split(steps)
         drawn = view.drawn(torch.randint(2**31, ()).item()) if hasattr(view, "drawn") else view
-        hidden = processes()[0] > 0 or None  # None: unless it is a terminal
-        bar = tqdm(forward(run, trained, drawn, order), name, steps, leave=False, disable=hidden)
-        means = {}
-        for rows, outputs in bar:
-            if not all(bool(t.isfinite().all()) for t in outputs):
-                refuse(f"{name}, epoch {epoch}: it diverged; what was saved stays; lower its --lr")
+        means, hidden = {}, processes()[0] > 0 or None  # None: unless it is a terminal
+        batches = forward(run, trained, drawn, order)
+        for rows, outputs in tqdm(batches, name, steps, leave=False, disable=hidden):
             terms = loss_of(rows, *outputs)
             optimizer.zero_grad()
             terms["loss"].backward()
@@ -379,10 +376,7 @@ def fit(run, name, network, rates, epochs, view, loss_of, scores_of, full=None, 
                 means[term] = means.get(term, 0) + value.detach() * (len(rows) / len(train))
 
         # Score it on the rows that choose the epoch, and keep the best.
-        outputs = predict(run, trained, view, run.choose)
-        now = headline(next(iter(scores_of(run.choose, *outputs).values())))
-        if not math.isfinite(now):
-            refuse(f"{name}, epoch {epoch}: its score is {now}; what was saved stays; lower its --lr")
+        now = headline(next(iter(scores_of(run.choose).values())))
         if now > saved["best"]:
             weights = {key: t.cpu().clone() for key, t in full.state_dict().items()}
             saved.update(best=now, weights=weights)
@@ -393,25 +387,13 @@ def fit(run, name, network, rates, epochs, view, loss_of, scores_of, full=None, 
         saved.update({key: part.state_dict() for key, part in parts.items()})
         saved.update(history=[*saved["history"], row], random=torch.get_rng_state())
         save(run, name, saved)
-        line = f"seed {run.seed}  fold {run.number}  {name:<26}  epoch {epoch:>3}/{epochs}"
-        print(f"{line}  loss {row['loss']:.4f}  score {now:.4f}", flush=True)
+        print(f"{run.place}  loss {row['loss']:.4f}  score {now:.4f}", flush=True)
 
     # Score the best epoch on the validation rows, and save all that is needed to use it.
     full.load_state_dict(saved["weights"])
     if not finished:
-        scores = scores_of(run.val, *predict(run, network, view, run.val))
-        kept = {"weights": saved["weights"], "history": saved["history"], "scores": scores}
-        save(run, name, {**kept, **about})
-
-
-def scores(run, *names):
-    """fit's scores_of: of one model's predictions (B, K), or of several models', (B, n, K)."""
-
-    def scores_of(rows, z, predictions):
-        each = predictions.unbind(1) if len(names) > 1 else [predictions]
-        return {name: score(run.data, said, rows) for name, said in zip(names, each)}
-
-    return scores_of
+        kept = {key: saved[key] for key in ("weights", "history")}
+        save(run, name, {**kept, "scores": scores_of(run.val), **about})
 
 
 # ---- stage 1: teachers --------------------------------------------------------------------------
@@ -458,14 +440,14 @@ def teachers(run):
         seed_everything(run, view)
         network, source = single(run, view), getattr(run.data, view)
         how = ([(network, run.lr_backbone)], run.epochs_backbone, source, loss_of)
-        fit(run, f"teachers_{view}", network, *how, scores(run, view))
+        fit(run, f"teachers_{view}", network, *how, [view])
 
     # The joint teacher: the fusion of both embeddings, which stay as they are.
     z = embeddings(run)
     seed_everything(run, "joint")
     joint = models.Fusion(run.dim, len(run.data.names)).to(run.device)
     how = ([(joint, run.lr_joint)], run.epochs_joint, z, loss_of)
-    fit(run, "teachers_joint", joint, *how, scores(run, "joint"))
+    fit(run, "teachers_joint", joint, *how, ["joint"])
 
     # T-Net: the privileged embedding, hallucinated from the visual one.
     seed_everything(run, "tnet")
@@ -475,11 +457,7 @@ def teachers(run):
         z_p = z[rows, 1].to(hallucinated.device)
         return {"loss": mtpkdot.tnet_loss(hallucinated, z_p, run.tnet_loss)}
 
-    def tnet_score(rows, hallucinated):
-        return {"tnet": -nn.functional.mse_loss(hallucinated, z[rows, 1]).item()}
-
-    how = ([(tnet, run.lr_tnet)], run.epochs_tnet, z[:, 0], tnet_loss, tnet_score)
-    fit(run, "teachers_tnet", tnet, *how)
+    fit(run, "teachers_tnet", tnet, [(tnet, run.lr_tnet)], run.epochs_tnet, z[:, 0], tnet_loss, [])
 
 
 # ---- stage 2: align -----------------------------------------------------------------------------
@@ -500,10 +478,10 @@ def align(run):
         return {"loss": loss, "align": distance}
 
     # The joint teacher's score chooses the epoch. Source: released code.
-    scores_of = scores(run, "joint_aligned", *mtpkdot.TEACHERS[1:])
+    names = ["joint_aligned", *mtpkdot.TEACHERS[1:]]
     rates = [(network.joint, run.lr_fusion)]
     rates += [(part, run.lr_adapter) for part in (network.adapters, network.heads)]
-    fit(run, "align", network, rates, run.epochs_align, embeddings(run), loss_of, scores_of)
+    fit(run, "align", network, rates, run.epochs_align, embeddings(run), loss_of, names)
 
 
 # ---- stage 3: student ---------------------------------------------------------------------------
@@ -582,7 +560,7 @@ def student(run, method):
     about = {"method": method, "task": run.data.task, "names": run.data.names, "val": run.val}
     about.update(dim=run.dim, width=run.width, input_shape=list(run.data.visual.shape[1:]))
     about["trained_on"] = datasets.digest(run.data.visual)
-    fit(run, f"student_{method}", network, *how, scores(run, method), full, **about)
+    fit(run, f"student_{method}", network, *how, [method], full, **about)
 
 
 # ---- evaluation: the student alone --------------------------------------------------------------
@@ -592,7 +570,7 @@ def evaluate(args):
     """Score a saved student on visual input, and write what it predicts."""
     saved, network = read(args.student, lambda saved: (saved, models.load_student(saved)))
     names, args.levels = saved["names"], saved["origin"]["levels"]
-    args.dataset, args.number = args.dataset or saved["origin"]["dataset"], None
+    args.dataset, args.place = args.dataset or saved["origin"]["dataset"], args.student
     args.data = data = datasets.load(args, need_privileged=False, need_label=not args.predictions)
     theirs, mine = list(data.visual.shape[1:]), saved["input_shape"]
     if theirs != mine:
@@ -605,16 +583,16 @@ def evaluate(args):
     print(f"{args.student}: {len(rows)} {kind}")
     prediction = predict(args, network.to(args.device), data.visual, rows)[1]
     if args.predictions:
-        header, table = ["name", *names], prediction.tolist()
-        if saved["task"] == "classification":
-            header = ["name", "prediction", *(f"p_{name}" for name in names)]
-            chosen = [names[i] for i in prediction.argmax(1)]
-            table = [[name, *p] for name, p in zip(chosen, prediction.softmax(1).tolist())]
-        name_of = getattr(data.visual, "name", str)
+        classes = saved["task"] == "classification"
+        columns = prediction.softmax(1) if classes else prediction
+        header = ["prediction", *(f"p_{name}" for name in names)] if classes else names
+        name_of = str if torch.is_tensor(data.visual) else data.visual.name
         with open(args.predictions, "w", newline="", errors="surrogateescape") as file:
             lines = csv.writer(file, lineterminator="\n")
-            lines.writerow(header)
-            lines.writerows([name_of(row), *line] for row, line in zip(rows.tolist(), table))
+            lines.writerow(["name", *header])
+            for row, values in zip(rows.tolist(), columns.tolist()):
+                chosen = [names[int(np.argmax(values))]] if classes else []
+                lines.writerow([name_of(row), *chosen, *values])
         print(f"Predictions saved in {args.predictions}.")
     if data.label is not None:
         if data.task != saved["task"] or not set(data.names) <= set(names):
@@ -624,7 +602,7 @@ def evaluate(args):
         if data.task == "classification":
             data, columns = data._replace(label=columns[data.label]), slice(None)
         value = cell(score(data, prediction[:, columns], rows))
-        print(f"Score: {value}, {unit(data)}, from visual input alone.")
+        print(f"Score: {value}, {data.task} of {data.names}, from visual input alone.")
 
 
 # ---- report -------------------------------------------------------------------------------------
@@ -633,16 +611,15 @@ def evaluate(args):
 def collect(run):
     """The scores of a fold, and its history, from what its folder holds."""
     report, history = {"seed": run.seed, "fold": run.number, "students": {}, "teacher_picks": {}}, []
-    names = [*(f"teachers_{name}" for name in (*VIEWS, "joint", "tnet")), "align"]
+    names = [f"teachers_{name}" for name in (*VIEWS, "joint", "tnet")] + ["align"]
     for name in [*names, *(f"student_{method}" for method in METHODS)]:
-        saved = load(run, name) or {}
-        if "scores" in saved:
+        saved = load(run, name)
+        if saved and "scores" in saved:
             history += saved["history"]
             (report["students"] if "method" in saved else report).update(saved["scores"])
-        if "scores" in saved and name == "student_mtpkdot":
-            for teacher in mtpkdot.TEACHERS:
-                shares = [row[teacher] for row in saved["history"]]
-                report["teacher_picks"][teacher] = float(np.mean(shares))
+    followed = [row for row in history if row["model"] == "student_mtpkdot"]
+    for teacher in mtpkdot.TEACHERS if followed else ():
+        report["teacher_picks"][teacher] = float(np.mean([row[teacher] for row in followed]))
     return report, history
 
 
@@ -656,12 +633,8 @@ def merged(reports, statistic):
     return result
 
 
-def mean(values):
-    return float(np.mean(values))
-
-
 def stderr(values):
-    return float(stats.sem(values)) if len(values) > 1 else None
+    return stats.sem(values) if len(values) > 1 else None
 
 
 def summary(args, data, reports):
@@ -669,26 +642,21 @@ def summary(args, data, reports):
     the seeds; each student's paired differences to task and visual, with 95 % intervals."""
     units, seeds = reports, dict.fromkeys(report["seed"] for report in reports)
     if len(seeds) > 1:
-        units = [merged([r for r in reports if r["seed"] == seed], mean) for seed in seeds]
+        units = [merged([r for r in reports if r["seed"] == seed], np.mean) for seed in seeds]
     metric = "accuracy" if data.task == "classification" else "ccc"
     result = {"dataset": args.dataset, "task": data.task, "metric": metric, "seed": args.seed}
-    given = {name: getattr(args, name) for group in args.groups.values() for name in group}
-    result["arguments"] = {n: str(v) if isinstance(v, Path) else v for n, v in given.items()}
-    result.update(folds=reports, mean=merged(units, mean), stderr=merged(units, stderr))
+    names = [name for group in args.groups.values() for name in group]
+    result["arguments"] = {name: getattr(args, name) for name in names}
+    result.update(folds=reports, mean=merged(units, np.mean), stderr=merged(units, stderr))
     for other in ("task", "visual"):
         less = result[f"less_{other}"] = {}
         for method in result["mean"]["students"]:
             both = [u["students"] for u in units if {method, other} <= set(u["students"])]
             if len(both) > 1 and method != other:
                 gaps = [headline(s[method]) - headline(s[other]) for s in both]
-                margin = stderr(gaps) * float(stats.t.ppf(0.975, len(gaps) - 1))
-                low, high = mean(gaps) - margin, mean(gaps) + margin
-                less[method] = {"mean": mean(gaps), "low": low, "high": high}
+                margin, gap = stats.sem(gaps) * stats.t.ppf(0.975, len(gaps) - 1), np.mean(gaps)
+                less[method] = {"mean": gap, "low": gap - margin, "high": gap + margin}
     return result
-
-
-def unit(data):
-    return "accuracy in %" if data.task == "classification" else f"CCC of {'/'.join(data.names)}"
 
 
 def cell(value, error=None):
@@ -700,28 +668,24 @@ def cell(value, error=None):
 
 
 def show(args, data, result):
-    """Print the scores, without the columns that hold nothing."""
-    scale, digits = (100, 1) if data.task == "classification" else (1, 3)
-    means, errors, lines = result["mean"], result["stderr"], []
+    """Print the scores, and each student's paired differences."""
+    means, errors, picks = result["mean"], result["stderr"], result["mean"]["teacher_picks"]
+    unit = "accuracy in %" if data.task == "classification" else f"CCC of {'/'.join(data.names)}"
+    print(f"\n{unit} ± standard error; paired differences [95 % interval], * where that excludes 0")
     for model in [name for name in means if name not in ("tnet", "students", "teacher_picks")]:
-        lines.append([f"teacher: {model}".replace("_", " "), cell(means[model], errors[model]), "", ""])
+        print(f"{model.replace('_', ' '):<30}{cell(means[model], errors[model])}")
     for method, value in means["students"].items():
-        lines.append([f"student: {method}", cell(value, errors["students"][method])])
+        line = f"student {method:<22}{cell(value, errors['students'][method]):<30}"
         for other in ("task", "visual"):
-            gap = result[f"less_{other}"].get(method, {"low": 0, "high": 0})
-            ends = [f"{scale * end:+.{digits}f}" for end in gap.values()]
-            sure = " *" if gap["low"] * gap["high"] > 0 else ""
-            lines[-1].append(f"{ends[0]} [{ends[1]}, {ends[2]}]{sure}" if len(ends) > 2 else "")
-    columns = zip(["", "score ± s.e.", "less task", "less visual"], *lines)
-    columns = [column for column in columns if any(column[1:])]
-    widths = [max(map(len, column)) for column in columns]
-    for line in zip(*columns):
-        print("   ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
-    over = "seeds" if args.seeds > 1 else "folds"
-    print(f"\nScores: {unit(data)}; s.e.: standard error over the {over}; less ...: paired difference")
-    print("with its 95 % interval, * where that excludes zero.")
-    if means["teacher_picks"]:
-        shares = (f"{t.replace('_', ' ')} {p:.0%}" for t, p in means["teacher_picks"].items())
+            gap = result[f"less_{other}"].get(method)
+            if gap:
+                scale, digits = (100, 1) if data.task == "classification" else (1, 3)
+                mean, *ends = (f"{scale * end:+.{digits}f}" for end in gap.values())
+                sure = "*" if gap["low"] * gap["high"] > 0 else " "
+                line += f"less {other} {mean} [{', '.join(ends)}] {sure}  "
+        print(line.rstrip())
+    if picks:
+        shares = (f"{teacher.replace('_', ' ')} {share:.0%}" for teacher, share in picks.items())
         print(f"Teacher that mtpkdot picked, share of training clips: {', '.join(shares)}.")
     print(f"Saved in {args.out}: results.json, history.csv, pictures, and a folder a fold.")
 
@@ -736,88 +700,63 @@ def draw(run, history):
     from matplotlib import pyplot
 
     names = dict.fromkeys(row["model"] for row in history)
-    figure, axes = pyplot.subplots(2, len(names), figsize=(2.5 * len(names), 5), squeeze=False)
-    figures = {"history": figure}
-    for name, column in zip(names, axes.T):
-        for axis, quantity in zip(column, ("loss", "score")):
-            for fold in dict.fromkeys(row["fold"] for row in history):
-                rows = [row for row in history if (row["model"], row["fold"]) == (name, fold)]
-                axis.plot([row["epoch"] for row in rows], [row[quantity] for row in rows])
-            axis.set_title(f"{quantity}, {name}", fontsize=7)
+    _, axes = pyplot.subplots(2, len(names), figsize=(2.5 * len(names), 5), squeeze=False)
+    for (top, bottom), name in zip(axes.T, names):
+        top.set_title(name, fontsize=7)
+        for fold in dict.fromkeys(row["fold"] for row in history):
+            rows = [row for row in history if (row["model"], row["fold"]) == (name, fold)]
+            top.plot([row["loss"] for row in rows])
+            bottom.plot([row["score"] for row in rows])
+    pyplot.savefig(run.out / "history.png")
 
     # The joint teacher's similarities beside those of the first student.
-    present = [m for m in run.methods if m != "visual" and load(run, f"student_{m}")]
-    if present:
+    for method in [m for m in run.methods if m != "visual" and load(run, f"student_{m}")][:1]:
         rows = run.val[torch.linspace(0, len(run.val) - 1, min(len(run.val), 240)).long()]
         rows = rows[run.data.label[rows].view(len(rows), -1)[:, 0].argsort(stable=True)]
-        stage, saved = METHODS[present[0]][0], load(run, f"student_{present[0]}")
-        z_j = what_teachers_say(run, stage, embeddings(run)[rows])[0][:, 0]
-        z_s = predict(run, models.load_student(saved).to(run.device), run.data.visual, rows)[0]
-        figures["similarity"], axes = pyplot.subplots(1, 2, figsize=(8, 4))
-        for axis, title, z in zip(axes, ("joint teacher", present[0]), (z_j, z_s)):
+        z_j = what_teachers_say(run, METHODS[method][0], embeddings(run)[rows])[0][:, 0]
+        network = models.load_student(load(run, f"student_{method}")).to(run.device)
+        clips = run.data.visual[rows.tolist()]
+        z_s = predict(run, network, clips, torch.arange(len(clips)))[0]
+        _, axes = pyplot.subplots(1, 2, figsize=(8, 4))
+        for axis, title, z in zip(axes, ("joint teacher", method), (z_j, z_s)):
             axis.imshow(mtpkdot.similarity(z), vmin=-1, vmax=1, cmap="RdBu_r")
             axis.set_title(f"cosine similarity, {title}")
-    for name, figure in figures.items():
-        image = io.BytesIO()
-        figure.savefig(image, dpi=120, bbox_inches="tight")
-        pyplot.close(figure)
-        write(run.out / f"{name}.png", image.getbuffer())
+        pyplot.savefig(run.out / "similarity.png")
+    pyplot.close("all")
 
 
 # ---- main ---------------------------------------------------------------------------------------
 
 
-def set_aside(data, train, seed):
-    """Training rows parted into those to train on and a fifth, of people if known, to choose by."""
-    group = train.numpy() if data.group is None else data.group[train]
-    people = np.random.default_rng(seed).permutation(np.unique(group))
-    chosen = torch.from_numpy(np.isin(group, people[: max(1, len(people) // 5)]))
-    return train[~chosen], train[chosen]
-
-
-def runs_of(args, data, seed):
-    """A run for each fold of one seed: the arguments, and what seed and fold add."""
-    folds, draw = datasets.folds(data, args.folds, seed), np.random.default_rng(seed).permutation
-    if args.fold is not None and args.fold >= len(folds):
-        refuse(f"argument --fold: the folds are 0 to {len(folds) - 1}")
-    for number, (train, val) in enumerate(folds):
-        run = argparse.Namespace(**vars(args))
-        run.data, run.seed, run.number, run.val = data, seed, number, val
-        if args.train_rows:
-            if args.train_rows > len(train):
-                refuse(f"argument --train-rows: fold {number} has only {len(train)}")
-            train = torch.from_numpy(np.sort(draw(train.numpy())[: args.train_rows]))
-        run.train, run.choose = set_aside(data, train, seed) if args.select == "train" else (train, val)
-        if min(len(run.train), len(run.choose), len(val), args.batch_size) < 2 * processes()[1]:
-            refuse(f"fold {number}, or a batch, has too few rows for {processes()[1]} processes")
-        run.out = args.out / f"seed{seed}" if args.seeds > 1 else args.out
-        run.folder = run.out / f"fold{number}"
-        run.label = lambda rows: data.label[rows].to(args.device)
-        yield run
-
-
 def train_all(args):
-    """All stages that are asked for, fold by fold and seed by seed, then the report."""
-    data = datasets.load(args)
+    """All stages that are asked for, seed by seed and fold by fold, then the report."""
+    data, every, todo = datasets.load(args), [], STAGES if args.stage == "all" else [args.stage]
     args.content = datasets.digest(data.visual, data.privileged, data.label, data.group, data.split)
     if args.folds_by == "clip":
         data = data._replace(group=None)
-    every = []
     for seed in range(args.seed, args.seed + args.seeds):
         reports, history = [], []
-        for run in runs_of(args, data, seed):
+        folds = datasets.folds(data, args.folds, seed, args.train_rows, args.select == "train")
+        if (args.fold or 0) >= len(folds):
+            refuse(f"argument --fold: the folds are 0 to {len(folds) - 1}")
+        for number, (train, choose, val) in enumerate(folds):
+            run = argparse.Namespace(**vars(args))
+            vars(run).update(data=data, seed=seed, number=number, train=train, choose=choose, val=val)
+            run.out = args.out / f"seed{seed}" if args.seeds > 1 else args.out
+            run.folder = run.out / f"fold{number}"
+            run.label, run.place = lambda rows: data.label[rows].to(args.device), "a saved network"
+            if min(len(train), len(choose), len(val), args.batch_size) < 2 * processes()[1]:
+                refuse(f"fold {number}, or a batch, has too few rows for {processes()[1]} processes")
             for path in sorted(run.folder.glob("*.pt")):
                 load(run, path.stem)  # a folder of another run is refused before anything is made
-            chosen = args.fold in (None, run.number)
-            if chosen and args.stage in ("all", "teachers"):
-                teachers(run)
-            if chosen and args.stage in ("all", "align"):
-                align(run)
-            for method in args.methods if chosen and args.stage in ("all", "student") else ():
-                student(run, method)
+            if args.fold in (None, number):
+                teachers(run) if "teachers" in todo else None
+                align(run) if "align" in todo else None
+                for method in args.methods if "student" in todo else ():
+                    student(run, method)
             report, rows = collect(run)
-            reports += [report] if rows else []
-            history += rows
+            if rows:
+                last, reports, history = run, [*reports, report], history + rows
         every += reports
         columns, file = dict.fromkeys(key for row in history for key in row), io.StringIO()
         lines = csv.DictWriter(file, columns, lineterminator="\n")
@@ -825,45 +764,46 @@ def train_all(args):
         lines.writerows(history)
         write(run.out / "history.csv", file.getvalue().encode())
         for folder, scored in ((run.out, reports), (args.out, every)):
-            result = summary(args, data, scored)
-            write(folder / "results.json", (json.dumps(result, indent=2) + "\n").encode())
-        draw(run, history)
+            text = json.dumps(result := summary(args, data, scored), indent=2, default=str)
+            write(folder / "results.json", f"{text}\n".encode())
+        if processes()[0] == 0:
+            draw(last, history)
     show(args, data, result)
 
 
-def stop(number, frame):
-    """Ctrl-C and SIGTERM end the process at once: what is on disk is whole at any moment."""
-    if int(os.environ.get("RANK", 0)) == 0 and multiprocessing.parent_process() is None:
-        os.write(2, b"train.py: stopped; the same command goes on from the last epoch\n")
-    os._exit(128 + number)
-
-
 def main(argv=None):
-    warnings.filterwarnings("once", category=RuntimeWarning)  # Sinkhorn's, if it has not converged
     warnings.formatwarning = lambda message, *_: f"train.py: {message}\n"
     rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         args = options(argv)
         if count > 1:
-            if args.device == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            backend = "nccl" if args.device == "cuda" else "gloo"
-            distributed.init_process_group(backend, timeout=timedelta(days=1))
-        with contextlib.redirect_stdout(sys.stdout if rank == 0 else io.StringIO()):
-            evaluate(args) if args.stage == "eval" else train_all(args)
+            distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        if count > 1 and args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if rank > 0:
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+        evaluate(args) if args.stage == "eval" else train_all(args)
     except (datasets.DataError, OSError) as error:
         text = str(error)
         if isinstance(error, OSError):
-            text = f"{error.filename}: {error.strerror}"
+            text = f"{error.filename or 'output'}: {error.strerror}; what was saved before stays"
         # A reading process's comes with its stack trace, whose last line is the message.
         text = text.rstrip().split("\n")[-1].removeprefix("data.DataError: ")
-        print(f"train.py: {text}" * (rank == 0), file=sys.stderr)
-        raise SystemExit(2) from None
+        print(f"train.py: {text}", file=sys.stderr)
+        sys.exit(2)
     if count > 1:
         distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
+    FIRST = os.getpid() if os.environ.get("RANK", "0") == "0" else None
+
+    def stop(number, frame):
+        """Ctrl-C and SIGTERM end the process at once: what is on disk is whole at any moment."""
+        if os.getpid() == FIRST:  # not in one of torchrun's others, nor in one that reads data
+            os.write(2, b"train.py: stopped; the same command goes on from the last epoch\n")
+        os._exit(128 + number)
+
     for which in (signal.SIGINT, signal.SIGTERM):
         signal.signal(which, stop)
     main()
