@@ -100,9 +100,9 @@ def align_stage_loss(align, task_joint, task_visual, task_privileged, w_align=0.
 
 
 def choose_teacher(losses):
-    """Index of the teacher of least task loss on the batch, a tensor: the device need not wait.
+    """Index of the teacher of least task loss on the batch; a tensor, so that the host need not wait.
 
-    losses (n,), one for each of TEACHERS. Of equal ones the first, the joint teacher, wins. To fall
+    losses (n,), one for each of TEACHERS. Of equal ones the first, the joint teacher, wins. Falling
     back on the joint teacher is what avoids negative transfer. Source: abstract; per batch, as in
     the released code.
     """

@@ -1,278 +1,217 @@
-"""The networks against arithmetic written out in NumPy, and the properties that the method rests on."""
+"""The networks against arithmetic written out in NumPy and SciPy, by torchvision's names."""
+
+import io
 
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import maximum_filter
+from scipy.signal import correlate
+from torch import nn
 
-from models import R3D18, Adapter, Encoder, Fusion, Head, ResNet18, Student, Teachers, TNet, load_published
-
-
-def normal(seed, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def built(seed, build):
-    torch.manual_seed(seed)
-    return build().eval()
+import models
 
 
-def linear(layer, x):
-    return x @ layer.weight.detach().double().numpy().T + layer.bias.detach().double().numpy()
+def normal(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+def built(build, *arguments, **options):
+    """The same network every time, with random statistics and weights in every batch norm."""
+    torch.manual_seed(1)
+    network = build(*arguments, **options).eval()
+    for module in network.modules():
+        if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)):
+            for t in (module.weight, module.bias, module.running_mean, module.running_var):
+                t.data.uniform_(0.5, 1.5)
+    return network
+
+
+def numbers(tensor):
+    return tensor.detach().double().numpy()
+
+
+def same(got, want, tolerance=1e-5):
+    np.testing.assert_allclose(numbers(got), want, rtol=tolerance, atol=tolerance)
+
+
+def linear(x, *layers):
+    for layer in layers:
+        x = x @ numbers(layer.weight).T + numbers(layer.bias)
+    return x
 
 
 def attention(module, queries, keys, heads=2):
     """Multi-head attention, a clip and a head at a time."""
-    w, bias = module.in_proj_weight.detach().double().numpy(), module.in_proj_bias.detach().double().numpy()
-    dim = w.shape[1]
     out = np.zeros_like(queries)
+    weights, biases = numbers(module.in_proj_weight), numbers(module.in_proj_bias)
     for b in range(len(queries)):
-        q, k, v = (x @ w[i * dim : (i + 1) * dim].T + bias[i * dim : (i + 1) * dim]
-                   for i, x in enumerate((queries[b], keys[b], keys[b])))  # fmt: skip
-        for h in range(heads):
-            part = slice(h * dim // heads, (h + 1) * dim // heads)
-            score = q[:, part] @ k[:, part].T / np.sqrt(dim / heads)
-            weight = np.exp(score) / np.exp(score).sum(1, keepdims=True)
-            out[b][:, part] = weight @ v[:, part]
-    return linear(module.out_proj, out)
+        maps = zip((queries[b], keys[b], keys[b]), np.split(weights, 3), np.split(biases, 3))
+        q, k, v = (x @ weight.T + bias for x, weight, bias in maps)
+        for part in np.split(np.arange(q.shape[1]), heads):
+            score = np.exp(q[:, part] @ k[:, part].T / np.sqrt(len(part)))
+            out[b][:, part] = score / score.sum(1, keepdims=True) @ v[:, part]
+    return linear(out, module.out_proj)
 
 
-def layer_norm(x):
-    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+def self_attention(block, x):
+    def norm(x):
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+
+    x = norm(x + attention(block.attention, x, x))
+    first, _, second = block.feed_forward
+    return norm(x + linear(np.maximum(linear(x, first), 0), second))
 
 
-def test_fusion_is_its_formula():
-    net = built(1, lambda: Fusion(dim=8, outputs=3))
-    v, p = normal(1, 5, 4, 8), normal(2, 5, 4, 8)
-    hidden = []
-    for block, x in ((net.self_visual, v.double().numpy()), (net.self_privileged, p.double().numpy())):
-        x = layer_norm(x + attention(block.attention, x, x))
-        first, _, second = block.feed_forward
-        hidden.append(layer_norm(x + linear(second, np.maximum(linear(first, x), 0))))
-    c_v = attention(net.cross_visual, hidden[0], hidden[1])
-    c_p = attention(net.cross_privileged, hidden[1], hidden[0])
-    g = 1 / (1 + np.exp(-linear(net.gate, np.concatenate([c_v, c_p], axis=-1))))
-    z = (g * c_v + (1 - g) * c_p).mean(1)
-    got_z, got = net(v, p)
-    assert got_z.shape == (5, 8) and got.shape == (5, 3)
-    assert np.abs(got_z.detach().numpy() - z).max() < 1e-5
-    assert np.abs(got.detach().numpy() - linear(net.head, z)).max() < 1e-5
+def test_attention_and_fusion_are_their_formulas_clip_by_clip():
+    block, x = built(models.SelfAttention, 8, heads=2), normal(5, 4, 8)
+    same(block(x), self_attention(block, numbers(x)))
+    net, z = built(models.Fusion, dim=8, outputs=3), normal(5, 2, 8)
+    v = self_attention(net.self_visual, numbers(z[:, :1]))
+    p = self_attention(net.self_privileged, numbers(z[:, 1:]))
+    c_v, c_p = attention(net.cross_visual, v, p)[:, 0], attention(net.cross_privileged, p, v)[:, 0]
+    g = 1 / (1 + np.exp(-linear(np.concatenate([c_v, c_p], axis=1), net.gate)))
+    z_j, prediction = net(z)
+    same(z_j, g * c_v + (1 - g) * c_p)
+    same(prediction, linear(g * c_v + (1 - g) * c_p, net.head))
 
 
-def test_fusion_never_mixes_clips():
-    net = built(1, lambda: Fusion(dim=8, outputs=2))
-    v, p = normal(1, 6, 1, 8), normal(2, 6, 1, 8)
-    whole = net(v, p)[0]
-    other = v.clone()
-    other[3] += 1
-    changed = (net(other, p)[0] - whole).abs().sum(1).tolist()
-    assert changed.pop(3) > 1e-3 and max(changed) < 1e-6
-    torch.testing.assert_close(net(v[2:3], p[2:3])[0], whole[2:3])
-
-
-def test_shapes_and_widths_of_the_method():
-    assert [layer.weight.shape for layer in Adapter()] == [(256, 512), (512, 256)]
-    widths = [512, 2048, 1024, 512, 256, 512, 1024, 2048, 512]
-    assert [tuple(layer.weight.shape) for layer in TNet()] == list(zip(widths[1:], widths[:-1]))
-    assert Head(512, 2)(torch.zeros(3, 512)).shape == (3, 2)
-
-
-def test_linear_parts_have_no_activation():
-    for net in (built(1, lambda: Adapter(16)), built(2, lambda: TNet(16))):
-        x, y = normal(1, 4, 16), normal(2, 4, 16)
-        torch.testing.assert_close(net(x) + net(y), net(x + y) + net(torch.zeros(4, 16)), rtol=1e-4, atol=1e-5)
-
-
-def test_tnet_composed_is_tnet():
-    net = built(1, lambda: TNet(16)).double()
-    one = net.composed()
-    x = normal(1, 9, 16).double().requires_grad_()
-    torch.testing.assert_close(one(x), net(x), rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(*(torch.autograd.grad(f(x).square().sum(), x)[0] for f in (one, net)))
-    assert not one.weight.requires_grad and net[0].weight.requires_grad
+def test_tnet_and_adapter_have_the_published_widths_and_composed_is_all_of_tnet():
+    full = {models.TNet: [512, 2048, 1024, 512, 256, 512, 1024, 2048, 512]}
+    for build, widths in {**full, models.Adapter: [512, 256, 512]}.items():
+        layers = list(zip(widths, widths[1:]))
+        assert [tuple(layer.weight.shape[::-1]) for layer in build()] == layers
+    net, x = built(models.TNet, 16).double(), normal(30, 16).double()
+    composed, want = net.composed(), linear(numbers(x), *net)
+    same(net(x), want, 1e-10)
+    same(composed(x), want, 1e-10)
+    assert isinstance(composed, nn.Linear) and net[0].weight.requires_grad
+    assert not composed.weight.requires_grad and not composed.bias.requires_grad
 
 
 def test_encoder_standardises_with_the_training_rows():
-    x = normal(1, 50, 3, 2) * 7 + 4
-    x[:, 0, 0] = 2.5
-    net = built(1, lambda: Encoder(6, dim=8))
+    x = normal(50, 6) * 7 + 4
+    x[:, 2] = 2.5  # a constant input
+    net, rows = built(models.Encoder, 6, dim=8), numbers(x)
     net.fit_standardisation(x)
-    flat = x.flatten(1).double().numpy()
-    std = np.where(flat.std(0) > 0, flat.std(0), 1)
-    first, _, second = net.layers
-    want = linear(second, np.maximum(linear(first, (flat - flat.mean(0)) / std), 0))
-    assert np.abs(net(x).detach().numpy() - want).max() < 1e-5
-    assert {"mean", "std"} <= set(net.state_dict())
+    rows = (rows - rows.mean(0)) / np.where(np.arange(6) == 2, 1, rows.std(0))
+    same(net(x), linear(np.maximum(linear(rows, net.layers[0]), 0), net.layers[2]))
 
 
-def test_teachers_are_joint_and_adapted():
-    net = built(1, lambda: Teachers(dim=8, outputs=3))
-    z_v, z_p = normal(1, 5, 8), normal(2, 5, 8)
-    out = net(z_v, z_p)
-    torch.testing.assert_close(out["joint"], net.joint(z_v[:, None], z_p[:, None]))
-    for name, z in (("visual", z_v), ("privileged", z_p)):
-        adapted = net.adapters[name](z)
-        torch.testing.assert_close(out[f"adapted_{name}"], (adapted, net.heads[name](adapted)))
+@pytest.mark.parametrize("adapters", [True, False])
+def test_teachers_are_joint_visual_and_privileged(adapters):
+    net, z = built(models.Teachers, 8, 3, adapters=adapters), normal(5, 2, 8)
+    embeddings, predictions = net(z)
+    torch.testing.assert_close((embeddings[:, 0], predictions[:, 0]), net.joint(z))
+    for i, view in enumerate(("visual", "privileged")):
+        want = linear(numbers(z[:, i]), *(net.adapters[view] if adapters else ()))
+        same(embeddings[:, i + 1], want)
+        same(predictions[:, i + 1], linear(want, net.heads[view]))
 
 
-def test_student_needs_the_visual_input_only():
-    encoder, tnet, fusion = Encoder(6, 8), TNet(8), Fusion(8, 3)
-    net = Student(encoder, tnet, fusion).eval()
-    x = normal(1, 5, 6)
-    z = encoder(x)
-    torch.testing.assert_close(net(x), fusion(z[:, None], tnet(z)[:, None]))
-    assert net(x)[0].shape == (5, 8) and net(x)[1].shape == (5, 3)
+FLOATS, BYTES = normal(1, 3, 5, 18, 22), torch.randint(256, (1, 3, 5, 18, 22), dtype=torch.uint8)
+SPECTROGRAMS = normal(2, 1, 37, 41)
 
 
-# ---- the two 18-layer networks ------------------------------------------------------------------------
+@pytest.mark.parametrize("x", [normal(5, 6), SPECTROGRAMS, BYTES], ids=["1d", "2d", "3d"])
+def test_student_is_its_parts_and_comes_back_from_its_file(x):
+    encoder = built(models.backbone, x.shape[1:], dim=8, width=2)
+    net = models.Student(encoder, models.TNet(8).composed(), models.Fusion(8, 3)).eval()
+    single, z_v = models.Single(encoder, nn.Linear(8, 3)), encoder(x)
+    torch.testing.assert_close(net(x), net.fusion(torch.stack([z_v, net.tnet(z_v)], dim=1)))
+    torch.testing.assert_close(net(x), models.Student(nn.Identity(), net.tnet, net.fusion)(z_v))
+    torch.testing.assert_close(single(x), (z_v, single.head(z_v)))
+
+    saved = {"dim": 8, "width": 2, "input_shape": list(x.shape[1:]), "names": ["a", "b", "c"]}
+    torch.save({**saved, "weights": net.state_dict()}, file := io.BytesIO())
+    loaded = models.load_student(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    torch.testing.assert_close(loaded(x), net(x))
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    with pytest.raises(KeyError):
+        models.load_student({"weights": net.state_dict()})
+    with pytest.raises(RuntimeError):
+        models.load_student({**saved, "weights": single.state_dict()})
 
 
-def convolution(x, weight, stride, padding):
-    """Cross-correlation in any number of dimensions, one kernel position at a time; (C, ...) -> (C', ...)."""
-    x = np.pad(x, [(0, 0)] + [(p, p) for p in padding])
-    sizes = [(n - k) // s + 1 for n, k, s in zip(x.shape[1:], weight.shape[2:], stride)]
-    out = np.zeros((len(weight), *sizes))
-    for position in np.ndindex(*weight.shape[2:]):
-        window = x[(slice(None), *(slice(p, p + s * n, s) for p, s, n in zip(position, stride, sizes)))]
-        out += np.tensordot(weight[(slice(None), slice(None), *position)], window, axes=1)
-    return out
+def layer(x, state, conv, norm, stride):
+    """A convolution padded by half its kernel, and batch norm; their weights leave `state`."""
+    kernels = numbers(state.pop(f"{conv}.weight"))
+    x = np.pad(x, [(0, 0), *((size // 2, size // 2) for size in kernels.shape[2:])])
+    where = (0, *(slice(None, None, step) for step in np.broadcast_to(stride, x.ndim - 1)))
+    x = np.stack([correlate(x, kernel, "valid")[where] for kernel in kernels])
+    parts = [state.pop(f"{norm}.{k}") for k in ("running_mean", "running_var", "weight", "bias")]
+    mean, var, weight, bias = (numbers(t).reshape(-1, *[1] * (x.ndim - 1)) for t in parts)
+    return (x - mean) / np.sqrt(var + 1e-5) * weight + bias
 
 
-def batch_norm(x, state, name):
-    parts = [
-        state[f"{name}.{part}"].reshape(-1, *[1] * (x.ndim - 1))
-        for part in ("running_mean", "running_var", "weight", "bias")
-    ]
-    return (x - parts[0]) / np.sqrt(parts[1] + 1e-5) * parts[2] + parts[3]
-
-
-def eighteen_layers(x, state, names):
-    """The residual stages and the last layer by the published names; `names` maps a block's parts to their keys."""
-
-    def conv(x, name, stride):
-        weight = state[f"{name}.weight"]
-        return convolution(x, weight, [stride] * (x.ndim - 1), [weight.shape[-1] // 2] * (x.ndim - 1))
-
+@pytest.mark.parametrize("x", [SPECTROGRAMS, FLOATS, BYTES], ids=["2d", "3d", "3d bytes"])
+def test_eighteen_layers_one_by_one_by_the_published_names(x):
+    net = built(models.backbone, x.shape[1:], dim=5, width=3)
+    out, state = numbers(x[0]), net.state_dict()
+    if x.dim() == 4:
+        conv1, bn1, conv2, bn2 = "conv1", "bn1", "conv2", "bn2"
+        out = np.maximum(layer(out, state, "conv1", "bn1", 2), 0)
+        out = maximum_filter(out, (1, 3, 3), mode="constant")[:, ::2, ::2]
+    else:
+        conv1, bn1, conv2, bn2 = "conv1.0", "conv1.1", "conv2.0", "conv2.1"
+        mean, std = np.reshape([0.485, 0.456, 0.406, 0.229, 0.224, 0.225], (2, 3, 1, 1, 1))
+        out = (out / 255 - mean) / std if x is BYTES else out
+        out = np.maximum(layer(out, state, "stem.0", "stem.1", (1, 2, 2)), 0)
     for stage in range(1, 5):
-        for block in range(2):
-            at, stride = f"layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
-            out = np.maximum(batch_norm(conv(x, f"{at}.{names[0]}", stride), state, f"{at}.{names[1]}"), 0)
-            out = batch_norm(conv(out, f"{at}.{names[2]}", 1), state, f"{at}.{names[3]}")
-            if f"{at}.downsample.0.weight" in state:
-                x = batch_norm(conv(x, f"{at}.downsample.0", stride), state, f"{at}.downsample.1")
-            x = np.maximum(out + x, 0)
-    return state["fc.weight"] @ x.reshape(len(x), -1).mean(1) + state["fc.bias"]
+        for name, stride in ((f"layer{stage}.0.", 1 + (stage > 1)), (f"layer{stage}.1.", 1)):
+            hidden = np.maximum(layer(out, state, name + conv1, name + bn1, stride), 0)
+            hidden = layer(hidden, state, name + conv2, name + bn2, 1)
+            if stride == 2:
+                out = layer(out, state, name + "downsample.0", name + "downsample.1", 2)
+            out = np.maximum(hidden + out, 0)
+    same(net(x)[0], linear(out.reshape(len(out), -1).mean(1), net.fc), 1e-4)
+    left = {name for name in state if not name.endswith("num_batches_tracked")}
+    assert left == {"fc.weight", "fc.bias"}
 
 
-def shaken(network):
-    """Random statistics and affine weights in every batch norm; the state as NumPy float64."""
-    for name, t in network.state_dict().items():
-        if t.dim() == 1 and not name.startswith("fc."):
-            t.copy_(torch.rand(t.shape) + 0.5)
-    return {name: t.double().numpy() for name, t in network.state_dict().items()}
+@pytest.mark.parametrize("x", [SPECTROGRAMS, BYTES], ids=["2d", "3d"])
+def test_bfloat16_gives_nearly_the_same_in_float32(x):
+    exact = built(models.backbone, x.shape[1:], dim=8, width=8)(x)
+    near = built(models.backbone, x.shape[1:], dim=8, width=8, bfloat16=True)(x)
+    assert near.dtype == exact.dtype == torch.float32
+    assert 0 < (near - exact).norm() < 0.03 * exact.norm()
 
 
-def test_resnet18_layer_by_layer():
-    net = built(1, lambda: ResNet18(dim=5, width=3))
-    state, x = shaken(net), normal(1, 1, 1, 37, 41)
-    h = convolution(x[0].double().numpy(), state["conv1.weight"], (2, 2), (3, 3))
-    h = np.maximum(batch_norm(h, state, "bn1"), 0)
-    h = np.pad(h, [(0, 0), (1, 1), (1, 1)], constant_values=-np.inf)
-    rows, columns = (h.shape[1] - 3) // 2 + 1, (h.shape[2] - 3) // 2 + 1
-    h = np.array(
-        [[[c[2 * i : 2 * i + 3, 2 * j : 2 * j + 3].max() for j in range(columns)] for i in range(rows)] for c in h]
-    )
-    want = eighteen_layers(h, state, ("conv1", "bn1", "conv2", "bn2"))
-    np.testing.assert_allclose(net(x)[0].detach().numpy(), want, rtol=1e-4, atol=1e-5)
-
-
-def test_r3d18_layer_by_layer():
-    net = built(1, lambda: R3D18(dim=5, width=3))
-    state, x = shaken(net), normal(1, 1, 3, 5, 18, 22)
-    h = convolution(x[0].double().numpy(), state["stem.0.weight"], (1, 2, 2), (1, 3, 3))
-    h = np.maximum(batch_norm(h, state, "stem.1"), 0)
-    want = eighteen_layers(h, state, ("conv1.0", "conv1.1", "conv2.0", "conv2.1"))
-    np.testing.assert_allclose(net(x)[0].detach().numpy(), want, rtol=1e-4, atol=1e-5)
-
-
-def published_shapes(kernel, stem, conv, bn, channels, classes):
-    """Every key and shape of the published files, written out: stem, then (stage, block) by name."""
-
-    def norm(name, n):
-        return {f"{name}.{part}": (n,) for part in ("weight", "bias", "running_mean", "running_var")} | {
-            f"{name}.num_batches_tracked": ()
-        }
-
-    shapes = {f"{stem[0]}.weight": channels} | norm(stem[1], 64)
-    for stage, (inputs, outputs) in enumerate([(64, 64), (64, 128), (128, 256), (256, 512)], 1):
-        for block in range(2):
-            at = f"layer{stage}.{block}"
-            shapes |= {f"{at}.{conv[0]}.weight": (outputs, outputs if block else inputs, *kernel)} | norm(
-                f"{at}.{bn[0]}", outputs
-            )
-            shapes |= {f"{at}.{conv[1]}.weight": (outputs, outputs, *kernel)} | norm(f"{at}.{bn[1]}", outputs)
-        if stage > 1:
-            shapes |= {f"layer{stage}.0.downsample.0.weight": (outputs, inputs, *[1] * len(kernel))}
-            shapes |= norm(f"layer{stage}.0.downsample.1", outputs)
-    return shapes | {"fc.weight": (classes, 512), "fc.bias": (classes,)}
-
-
-RESNET18 = published_shapes((3, 3), ("conv1", "bn1"), ("conv1", "conv2"), ("bn1", "bn2"), (64, 3, 7, 7), 1000)
-R3D_18 = published_shapes(
-    (3, 3, 3), ("stem.0", "stem.1"), ("conv1.0", "conv2.0"), ("conv1.1", "conv2.1"), (64, 3, 3, 7, 7), 400
-)
-
-
-@pytest.mark.parametrize("build, shapes, count", [
-    (lambda: ResNet18(dim=1000, channels=3), RESNET18, 11_689_512),
-    (lambda: R3D18(dim=400), R3D_18, 33_371_472),
-])  # fmt: skip
-def test_names_shapes_and_counts_are_the_published_ones(build, shapes, count):
-    net = build()
-    assert {name: tuple(t.shape) for name, t in net.state_dict().items()} == shapes
+@pytest.mark.parametrize("build, options, stem, shape, count", [
+    (models.ResNet18, {"dim": 1000, "channels": 3}, "conv1.weight", (64, 3, 7, 7), 11_689_512),
+    (models.R3D18, {"dim": 400}, "stem.0.weight", (64, 3, 3, 7, 7), 33_371_472),
+])
+def test_shapes_counts_and_initial_weights_are_published(build, options, stem, shape, count):
+    net = build(**options)
     assert sum(p.numel() for p in net.parameters()) == count
-
-
-def published_file(shapes, counters=True):
-    generator = torch.Generator().manual_seed(3)
-    return {name: torch.rand(shape, generator=generator) if shape else torch.tensor(7)
-            for name, shape in shapes.items() if counters or shape}  # fmt: skip
+    kernels = {name: p for name, p in net.named_parameters() if p.dim() > 2}
+    for name, kernel in kernels.items():  # the initial weights by He et al., fan out
+        size = {1 if "downsample" in name else 3}
+        assert kernel.shape == shape if name == stem else set(kernel.shape[2:]) == size
+        assert kernel.std().item() == pytest.approx((2 / kernel[:, 0].numel()) ** 0.5, rel=0.05)
 
 
 @pytest.mark.parametrize("counters", [True, False])
-def test_published_weights_load_by_name_and_the_stem_is_summed(counters):
-    published = published_file(RESNET18, counters)
-    net = ResNet18(dim=16)
-    last = net.fc.weight.clone()
-    load_published(net, published)
-    torch.testing.assert_close(net.conv1.weight, published["conv1.weight"].sum(1, keepdim=True))
-    torch.testing.assert_close(net.layer4[0].downsample[0].weight, published["layer4.0.downsample.0.weight"])
-    assert net.fc.weight.equal(last) and published["conv1.weight"].shape == (64, 3, 7, 7)
-    video = R3D18(dim=16)
-    load_published(video, published_file(R3D_18, counters))
-    torch.testing.assert_close(video.stem[0].weight, published_file(R3D_18, counters)["stem.0.weight"])
+@pytest.mark.parametrize("build, options", [(models.ResNet18, {"channels": 3}), (models.R3D18, {})])
+def test_published_weights_load_by_name_but_for_the_last_layer(build, options, counters):
+    state = built(build, dim=1000, width=2, **options).state_dict()
+    published = {name: t + 7 for name, t in state.items() if counters or t.dim()}
+    net = build(dim=16, width=2)
+    own = {name: t.clone() for name, t in net.state_dict().items()}
+    models.load_published(net, published)
+    for name, t in net.state_dict().items():
+        want = own[name] if name.startswith("fc.") else published.get(name, own[name])
+        assert t.equal(want.sum(1, keepdim=True) if want.shape[1:] == (3, 7, 7) else want)
 
 
 def test_other_weights_are_refused_with_every_key():
-    published = published_file(R3D_18)
-    with pytest.raises(
-        ValueError, match="not the published weights of ResNet18: missing .*conv1.weight.*unexpected stem.0.weight"
-    ):
-        load_published(ResNet18(), published)
-    published["extra"] = published.pop("layer3.1.conv2.0.weight")
-    with pytest.raises(ValueError, match="R3D18: missing layer3.1.conv2.0.weight; unexpected extra$"):
-        load_published(R3D18(), published)
-    with pytest.raises(ValueError, match=r"layer1.0.conv1.weight of shape \(64, 64, 3, 3\), not \(8, 8, 3, 3\)"):
-        load_published(ResNet18(width=8), published_file(RESNET18))
-
-
-def test_against_torchvision():
-    models = pytest.importorskip("torchvision").models
-    pairs = [
-        (models.resnet18(), ResNet18(channels=3), (2, 3, 64, 64)),
-        (models.video.r3d_18(), R3D18(), (1, 3, 8, 32, 32)),
-    ]
-    for theirs, ours, shape in pairs:
-        shaken(theirs)
-        load_published(ours, theirs.state_dict())
-        theirs.fc, x = ours.fc, normal(1, *shape)
-        torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-4, atol=1e-4)
+    net, video = models.ResNet18(width=2), models.R3D18(width=2)
+    other = video.state_dict()
+    with pytest.raises(ValueError, match="not the published weights of ResNet18: ") as refused:
+        models.load_published(net, other)
+    assert {"missing bn1.weight", "unexpected stem.0.weight"} <= set(str(refused.value).split("; "))
+    other["extra"] = other.pop("layer3.1.conv2.0.weight")
+    with pytest.raises(ValueError, match="18: missing layer3.1.conv2.0.weight; unexpected extra$"):
+        models.load_published(video, other)
+    with pytest.raises(ValueError, match=r"; layer1.0.bn1.weight of shape \(4,\), not \(2,\); "):
+        models.load_published(net, models.ResNet18(width=4).state_dict())

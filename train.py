@@ -15,8 +15,8 @@ Read from top to bottom:
     report          results.json, history.csv, the table, the pictures
     main
 
-Views, labels and embeddings of all clips stay on the host. Networks and the batch in hand are on the
-device: `forward` takes a batch there, `predict` brings the outputs back.
+Views, labels and embeddings of all clips stay on the host. Networks and the batch in hand are on
+the device: `forward` takes a batch there, `predict` brings the outputs back.
 """
 
 import argparse
@@ -67,75 +67,74 @@ def refuse(message):
 
 # ---- options ------------------------------------------------------------------------------------
 
-# The least value of an option, where it is not 1 for whole numbers and 0 for others.
-LEAST = {**dict.fromkeys(("seed", "fold", "updates", "workers"), 0), "eps": 1e-9}
-LEAST.update(dict.fromkeys(("folds", "train_rows", "batch_size", "dim"), 2))
-
-
 def options(argv=None):
     """The arguments, checked and completed. args.groups[stage] names those that a stage adds."""
     how = {"allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
     parser = argparse.ArgumentParser(**how)
     groups = {stage: [] for stage in ("run", "data", *STAGES)}
-    parser.error, sections = refuse, []
+    parser.error, limits = refuse, {}
 
-    def add(name, default, text, kind=None):
-        """An option of the last group. Of choices the first is the default; a dict makes several."""
-        for part, value in default.items() if isinstance(default, dict) else ():
-            add(f"{name}-{part}", value, text)
-        settings = {"default": default, "type": kind or type(default), "metavar": "X"}
+    def add(name, default, text, kind=None, least=None):
+        """An option of the section. Of choices the first is the default; a dict is a family. The
+        least value is, unless told, 1 of a whole number and 0 of another."""
+        if isinstance(default, dict):
+            for part, value in default.items():
+                add(f"{name}-{part}", value, text)
+            return
+        kind = kind or type(default)
+        settings = {"default": default, "type": kind, "metavar": "X"}
         if isinstance(default, tuple):
             settings = {"default": default[0], "choices": dict.fromkeys(default)}
-        if not isinstance(default, dict):
-            option = sections[-1].add_argument(f"--{name}", help=text, **settings)
-            groups[sections[-1].title].append(option.dest)
+        option = section.add_argument(f"--{name}", help=text, **settings)
+        groups[section.title].append(option.dest)
+        limits[option.dest] = int(kind is int) if least is None else least
 
-    sections.append(parser.add_argument_group("run"))
+    section = parser.add_argument_group("run")
     add("preset", (None, "released"), "other defaults: those of the authors' code")
     add("data", None, "file or folder of the data set", str)
     add("stage", ("all", *STAGES, "eval"), "what to make or to score")
     add("method", "mtpkdot,task,visual", f"students: all, or of {','.join(METHODS)}")
     add("out", None, "folder of the run; None is runs/DATASET", Path)
-    add("fold", None, "this fold only, counted from 0", int)
+    add("fold", None, "this fold only, counted from 0", int, 0)
     add("seeds", 1, "repeat everything with as many seeds, from --seed on")
     add("epochs", None, "of every network, in the place of --updates and --epochs-...", int)
     add("student", None, "eval: file of the student", Path)
     add("predictions", None, "eval: .csv file for what it predicts for each clip", Path)
     add("device", (["cpu", "cuda"][torch.cuda.is_available()], "cpu", "cuda"), "where networks are")
-    add("workers", min(8, os.cpu_count() or 1), "processes that read raw data")
-    sections.append(parser.add_argument_group("data"))
+    add("workers", min(8, os.cpu_count() or 1), "processes that read raw data", least=0)
+    section = parser.add_argument_group("data")
     add("dataset", (None, *DATASETS), "None is synthetic; eval: the student's")
-    add("seed", 0, "of folds, initial weights and batches")
-    add("folds", None, "number of folds; None is the data's own split, or 5", int)
+    add("seed", 0, "of folds, initial weights and batches", least=0)
+    add("folds", None, "number of folds; None is the data's own split, or 5", int, 2)
     add("folds-by", ("person", "clip"), "clip: people are in training and validation")
-    add("select", ("train", "val"), "rows that choose epochs: a fifth of those to train on, or scored")
-    add("train-rows", None, "train on as many rows of each fold", int)
+    add("select", ("train", "val"), "who chooses epochs: a fifth of the training rows, or val")
+    add("train-rows", None, "train on as many rows of each fold", int, 2)
     add("clip-stride", 1, "affwild2: take every N-th usable frame")
     add("levels", "BL1,PA4", f"biovid: the classes, of {','.join(datasets.BIOVID_LEVELS)}")
     add("signal", ("emg_corrugator", *datasets.BIOVID_SIGNALS), "biovid: the privileged signal")
-    add("batch-size", 128, "clips of a batch, at most")
-    add("updates", 200, "a network trains for as many updates at the least")
+    add("batch-size", 128, "clips of a batch, at most", least=2)
+    add("updates", 200, "a network trains for as many updates at the least", least=0)
     add("lr-decay", ("linear", "none"), "of every rate, to zero")
-    add("dim", models.DIM, "size of an embedding, even")
+    add("dim", models.DIM, "size of an embedding, even", least=2)
     add("width", 64, "of the first stage of both 18-layer networks")
-    sections.append(parser.add_argument_group("teachers"))
+    section = parser.add_argument_group("teachers")
     add("visual-weights", None, "raw data: published r3d_18 weights to start from", str)
     add("privileged-weights", None, "raw data: published resnet18 weights to start from", str)
     add("epochs", {"backbone": 30, "joint": 20, "tnet": 30}, "at the least")
     add("lr", {"backbone": 1e-3, "joint": 5e-4, "tnet": 5e-4}, "learning rate")
     add("tnet-loss", ("mse", "mmd"), "T-Net's loss")
-    sections.append(parser.add_argument_group("align"))
+    section = parser.add_argument_group("align")
     add("epochs-align", 10, "at the least")
     add("lr", {"adapter": 5e-4, "fusion": 1e-4}, "learning rate")
     add("w", {"align": 0.5, "head": 0.5}, "weight of this loss")
-    sections.append(parser.add_argument_group("student"))
+    section = parser.add_argument_group("student")
     add("student-backbone", ("finetune", "frozen", "scratch"), "the visual backbone in stage 3")
     add("epochs", {"student": 10, "pkdot": 10}, "at the least")
     add("lr", {"student": 1e-3, "pkdot": 1e-3}, "learning rate")
     add("k", 30, "anchors of a clip")
     add("anchors", ("most", "least"), "the k most or least similar clips")
     add("shift", ("none", "min"), "min: similarities less their minimum before OT")
-    add("eps", 0.01, "entropy of OT, in units of its cost")
+    add("eps", 0.01, "entropy of OT, in units of its cost", least=1e-9)
     add("ot", ("debiased", "entropic"), "form of OT")
     add("w", {"task": 0.8, "ot": 1.0, "centroid": 0.02}, "weight of this term of mtpkdot's loss")
     add("w", {"pkdot-ot": 1.25, "feature": 1.0}, "weight beside a task loss of weight 1")
@@ -145,9 +144,9 @@ def options(argv=None):
     parser.set_defaults(**RELEASED if first.preset else {})
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        least = LEAST.get(name, int(isinstance(value, int)))
-        if isinstance(value, (int, float)) and not least <= value < 2**63:
-            refuse(f"argument --{name.replace('_', '-')}: {value} is not a number from {least} on")
+        if isinstance(value, (int, float)) and not limits[name] <= value < 2**63:
+            least = f"a number of at least {limits[name]}"
+            refuse(f"argument --{name.replace('_', '-')}: {value} is not {least}")
     if (args.stage == "eval") != bool(args.student) or (args.predictions and not args.student):
         refuse("arguments --student, --predictions: they are for --stage eval --student FILE")
     args.methods = list(METHODS) if args.method == "all" else args.method.split(",")
@@ -169,15 +168,15 @@ def options(argv=None):
 
 # ---- a run on disk ------------------------------------------------------------------------------
 # A fold's folder holds a file STAGE_NAME.pt for each network, saved after every epoch. The same
-# command given again loads what is there and makes the rest. From here on `run` is the arguments and
-# what a seed and a fold add: data and its digest, number and folder, rows to train and to score.
+# command given again loads what is there and makes the rest. From here on `run` is the arguments
+# and what a seed and a fold add: data, folder, and rows to train on, to choose by and to score.
 
 
 def origin(run, name):
     """What a file is made from: the data, and the arguments of its stage and of those before."""
     groups = ["data", *STAGES[: STAGES.index(name.partition("_")[0]) + 1]]
     names = [name for group in groups for name in run.groups[group]]
-    return {"content": run.content, **{name: getattr(run, name) for name in names}}
+    return {"data": run.content, **{name: getattr(run, name) for name in names}}
 
 
 def write(path, content):
@@ -193,9 +192,10 @@ def save(run, name, saved):
     """Save a dict with its origin. All processes meet here: none reads what is being written."""
     file = io.BytesIO()
     torch.save({**saved, "origin": origin(run, name)}, file)
-    wait_for_all()
+    several = processes()[1] > 1
+    distributed.barrier() if several else None
     write(run.folder / f"{name}.pt", file.getbuffer())
-    wait_for_all()
+    distributed.barrier() if several else None
 
 
 def read(path, use=dict):
@@ -220,14 +220,14 @@ def load(run, name, needed=False):
     theirs = saved.get("origin", {}) if saved else mine
     differ = [key for key in mine if theirs.get(key) != mine[key]]
     if differ:
-        changes = (f"--{key.replace('_', '-')} ({theirs.get(key)}, now {mine[key]})" for key in differ)
-        refuse(f"{path} is of a run with other {', '.join(changes)}; use another --out")
+        pairs = [f"{key} ({theirs.get(key)}, now {mine[key]})" for key in differ]
+        refuse(f"{path} is of a run with other {', '.join(pairs)}; use another --out")
     return saved
 
 
 # ---- processes ----------------------------------------------------------------------------------
-# Under torchrun all processes share out what trains or runs on the clips themselves. What runs on
-# embeddings alone, each does alike. The first one writes and prints.
+# Under torchrun all processes share out what trains or runs on frames and spectrograms. What runs
+# on vectors and embeddings, each does alike. The first one writes and prints.
 
 
 def processes():
@@ -237,43 +237,40 @@ def processes():
     return distributed.get_rank(), distributed.get_world_size()
 
 
-def wait_for_all():
-    if distributed.is_initialized():
-        distributed.barrier()
+def is_shared(view):
+    return processes()[1] > 1 and len(view.shape) > 3
 
 
-def is_shared(run, view):
-    """Whether the processes share out what runs on this view: clips, not embeddings."""
-    clips = not torch.is_tensor(view) or view is run.data.visual or view is run.data.privileged
-    return clips and processes()[1] > 1
+def share(rows):
+    """This process's part of a batch, of the same size for all: the first rows may come twice."""
+    rank, count = processes()
+    return torch.cat([rows, rows[: -len(rows) % count]])[rank::count]
 
 
 class Gather(torch.autograd.Function):
-    """The outputs (n, ...) of all processes for their shares of a batch, put together, (B, ...).
+    """The outputs (n, ...) of all processes for their shares, put together in order of the rows.
 
     Each process then has the loss of the whole batch. DistributedDataParallel takes the mean of
     their gradients where the sum is due, hence the factor on the way back.
     """
 
     @staticmethod
-    def forward(ctx, part, rows):
-        ctx.sizes = [len(share) for share in rows.tensor_split(processes()[1])]
-        padded = part.new_zeros(max(ctx.sizes), *part.shape[1:])
-        padded[: len(part)] = part
-        parts = [torch.empty_like(padded) for _ in ctx.sizes]
-        distributed.all_gather(parts, padded)
-        return torch.cat([part[:size] for part, size in zip(parts, ctx.sizes)])
+    def forward(ctx, part):
+        parts = [torch.empty_like(part) for _ in range(processes()[1])]
+        distributed.all_gather(parts, part.contiguous())
+        return torch.stack(parts, dim=1).flatten(0, 1)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad.split(ctx.sizes)[processes()[0]] * len(ctx.sizes), None
+        rank, count = processes()
+        return grad[rank::count] * count
 
 
 # ---- the one training loop ----------------------------------------------------------------------
 
 
 def seed_everything(run, part):
-    """What is random depends on the seed, the fold and the part of the run, not on what ran before."""
+    """What is random depends on seed, fold and part of the run, not on what ran before."""
     torch.manual_seed(zlib.crc32(repr((run.seed, run.number, part)).encode()))
 
 
@@ -296,8 +293,8 @@ def forward(run, network, view, batches):
     view[rows] is read on the host, raw data by --workers processes. A shared view is computed in
     shares, and all processes get all outputs.
     """
-    (rank, count), raw, shared = processes(), not torch.is_tensor(view), is_shared(run, view)
-    parts = [(rows.tensor_split(count)[rank] if shared else rows).tolist() for rows in batches]
+    raw, shared = not torch.is_tensor(view), is_shared(view)
+    parts = [(share(rows) if shared else rows).tolist() for rows in batches]
     how = {"num_workers": run.workers if raw else 0, "pin_memory": raw and run.device == "cuda"}
     how["generator"] = torch.Generator()  # so that reading draws nothing from the run's
     for rows, x in zip(batches, DataLoader(view, batch_size=None, sampler=parts, **how)):
@@ -305,7 +302,9 @@ def forward(run, network, view, batches):
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         if not all(bool(t.isfinite().all()) for t in outputs):
             refuse(f"{run.place}: its outputs are not finite; what was saved stays; lower its --lr")
-        yield rows, tuple(Gather.apply(t, rows) for t in outputs) if shared else outputs
+        if shared:
+            outputs = tuple(Gather.apply(t)[: len(rows)] for t in outputs)
+        yield rows, outputs
 
 
 @torch.no_grad()
@@ -324,8 +323,8 @@ def fit(run, name, network, rates, epochs, view, loss_of, scored, full=None, **a
     rates    [(module, learning rate)]; epochs: at the least, as --updates may ask for more
     view     what the network takes: a view of the data set, or embeddings
     loss_of  (rows, outputs...) -> dict of scalars, of which "loss" is minimised
-    scored   names of the models in it whose predictions are scored; the first one's score chooses
-             the epoch, or, where there is none, the loss
+    scored   names of the models in it; the mean of their scores chooses the epoch, or, where there
+             is none, the loss
     full     the network whose weights are saved, where `network` is only a part of it
     about    what is saved besides
     """
@@ -338,7 +337,7 @@ def fit(run, name, network, rates, epochs, view, loss_of, scored, full=None, **a
         return {model: score(run.data, said, rows) for model, said in zip(scored, predictions)}
 
     full, trained, train = full or network, network, run.train
-    if is_shared(run, view):
+    if is_shared(view):
         if run.device == "cuda":  # on the CPU batch norms are each process's own
             nn.SyncBatchNorm.convert_sync_batchnorm(network)
         trained = DistributedDataParallel(network)
@@ -376,7 +375,7 @@ def fit(run, name, network, rates, epochs, view, loss_of, scored, full=None, **a
                 means[term] = means.get(term, 0) + value.detach() * (len(rows) / len(train))
 
         # Score it on the rows that choose the epoch, and keep the best.
-        now = headline(next(iter(scores_of(run.choose).values())))
+        now = float(np.mean([headline(value) for value in scores_of(run.choose).values()]))
         if now > saved["best"]:
             weights = {key: t.cpu().clone() for key, t in full.state_dict().items()}
             saved.update(best=now, weights=weights)
@@ -418,7 +417,7 @@ def single(run, view, name=None):
 
 
 def embeddings(run):
-    """z_v and z_p of all clips by the backbones of stage 1, (N, 2, D), from their files, or made."""
+    """z_v and z_p of all clips by the backbones of stage 1, (N, 2, D), from files or made."""
     both = []
     for view in VIEWS:
         source, name = getattr(run.data, view), f"teachers_{view}_embedding"
@@ -477,7 +476,8 @@ def align(run):
         loss = mtpkdot.align_stage_loss(distance, *tasks, run.w_align, run.w_head)
         return {"loss": loss, "align": distance}
 
-    # The joint teacher's score chooses the epoch. Source: released code.
+    # An epoch is best where all three are good. The released code asks the joint one alone, which,
+    # trained in stage 1, is at its best before the adapters have learned.
     names = ["joint_aligned", *mtpkdot.TEACHERS[1:]]
     rates = [(network.joint, run.lr_fusion)]
     rates += [(part, run.lr_adapter) for part in (network.adapters, network.heads)]
@@ -610,7 +610,8 @@ def evaluate(args):
 
 def collect(run):
     """The scores of a fold, and its history, from what its folder holds."""
-    report, history = {"seed": run.seed, "fold": run.number, "students": {}, "teacher_picks": {}}, []
+    report, history = {"seed": run.seed, "fold": run.number}, []
+    report.update(students={}, teacher_picks={})
     names = [f"teachers_{name}" for name in (*VIEWS, "joint", "tnet")] + ["align"]
     for name in [*names, *(f"student_{method}" for method in METHODS)]:
         saved = load(run, name)
@@ -633,10 +634,6 @@ def merged(reports, statistic):
     return result
 
 
-def stderr(values):
-    return stats.sem(values) if len(values) > 1 else None
-
-
 def summary(args, data, reports):
     """What results.json holds: means and standard errors over the folds or, of several seeds, over
     the seeds; each student's paired differences to task and visual, with 95 % intervals."""
@@ -645,9 +642,10 @@ def summary(args, data, reports):
         units = [merged([r for r in reports if r["seed"] == seed], np.mean) for seed in seeds]
     metric = "accuracy" if data.task == "classification" else "ccc"
     result = {"dataset": args.dataset, "task": data.task, "metric": metric, "seed": args.seed}
+    error = lambda values: stats.sem(values) if len(values) > 1 else None  # noqa: E731
     names = [name for group in args.groups.values() for name in group]
     result["arguments"] = {name: getattr(args, name) for name in names}
-    result.update(folds=reports, mean=merged(units, np.mean), stderr=merged(units, stderr))
+    result.update(folds=reports, mean=merged(units, np.mean), stderr=merged(units, error))
     for other in ("task", "visual"):
         less = result[f"less_{other}"] = {}
         for method in result["mean"]["students"]:
@@ -691,7 +689,17 @@ def show(args, data, result):
 
 
 def draw(run, history):
-    """history.png: loss above score, a line a fold. similarity.png: of validation clips, by label."""
+    """history.png: loss above score, a line a fold. similarity.png: of clips in order of label."""
+    # The joint teacher's similarities beside those of the first student.
+    shown, rows = {}, run.val[torch.linspace(0, len(run.val) - 1, min(len(run.val), 240)).long()]
+    rows = rows[run.data.label[rows].view(len(rows), -1)[:, 0].argsort(stable=True)]
+    for method in [m for m in run.methods if m != "visual" and load(run, f"student_{m}")][:1]:
+        z = what_teachers_say(run, METHODS[method][0], embeddings(run)[rows])[0]
+        network = models.load_student(load(run, f"student_{method}")).to(run.device)
+        z_s = predict(run, network, run.data.visual, rows)[0]
+        shown = {"joint teacher": z[:, 0], f"student {method}": z_s}
+    if processes()[0] > 0:
+        return
     try:
         import matplotlib
     except ImportError:
@@ -704,21 +712,13 @@ def draw(run, history):
     for (top, bottom), name in zip(axes.T, names):
         top.set_title(name, fontsize=7)
         for fold in dict.fromkeys(row["fold"] for row in history):
-            rows = [row for row in history if (row["model"], row["fold"]) == (name, fold)]
-            top.plot([row["loss"] for row in rows])
-            bottom.plot([row["score"] for row in rows])
+            own = [row for row in history if (row["model"], row["fold"]) == (name, fold)]
+            top.plot([row["loss"] for row in own])
+            bottom.plot([row["score"] for row in own])
     pyplot.savefig(run.out / "history.png")
-
-    # The joint teacher's similarities beside those of the first student.
-    for method in [m for m in run.methods if m != "visual" and load(run, f"student_{m}")][:1]:
-        rows = run.val[torch.linspace(0, len(run.val) - 1, min(len(run.val), 240)).long()]
-        rows = rows[run.data.label[rows].view(len(rows), -1)[:, 0].argsort(stable=True)]
-        z_j = what_teachers_say(run, METHODS[method][0], embeddings(run)[rows])[0][:, 0]
-        network = models.load_student(load(run, f"student_{method}")).to(run.device)
-        clips = run.data.visual[rows.tolist()]
-        z_s = predict(run, network, clips, torch.arange(len(clips)))[0]
+    if shown:
         _, axes = pyplot.subplots(1, 2, figsize=(8, 4))
-        for axis, title, z in zip(axes, ("joint teacher", method), (z_j, z_s)):
+        for axis, (title, z) in zip(axes, shown.items()):
             axis.imshow(mtpkdot.similarity(z), vmin=-1, vmax=1, cmap="RdBu_r")
             axis.set_title(f"cosine similarity, {title}")
         pyplot.savefig(run.out / "similarity.png")
@@ -741,13 +741,14 @@ def train_all(args):
             refuse(f"argument --fold: the folds are 0 to {len(folds) - 1}")
         for number, (train, choose, val) in enumerate(folds):
             run = argparse.Namespace(**vars(args))
-            vars(run).update(data=data, seed=seed, number=number, train=train, choose=choose, val=val)
+            vars(run).update(data=data, seed=seed, number=number)
+            vars(run).update(train=train, choose=choose, val=val)
             run.out = args.out / f"seed{seed}" if args.seeds > 1 else args.out
             run.folder = run.out / f"fold{number}"
             run.label, run.place = lambda rows: data.label[rows].to(args.device), "a saved network"
             if min(len(train), len(choose), len(val), args.batch_size) < 2 * processes()[1]:
-                refuse(f"fold {number}, or a batch, has too few rows for {processes()[1]} processes")
-            for path in sorted(run.folder.glob("*.pt")):
+                refuse(f"fold {number} or a batch has too few rows for {processes()[1]} processes")
+            for path in sorted(run.folder.glob("student*.pt")) + sorted(run.folder.glob("*.pt")):
                 load(run, path.stem)  # a folder of another run is refused before anything is made
             if args.fold in (None, number):
                 teachers(run) if "teachers" in todo else None
@@ -766,8 +767,7 @@ def train_all(args):
         for folder, scored in ((run.out, reports), (args.out, every)):
             text = json.dumps(result := summary(args, data, scored), indent=2, default=str)
             write(folder / "results.json", f"{text}\n".encode())
-        if processes()[0] == 0:
-            draw(last, history)
+        draw(last, history)
     show(args, data, result)
 
 
