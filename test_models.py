@@ -42,16 +42,13 @@ def linear(x, *layers):
 
 
 def attention(module, queries, keys, heads=2):
-    """Multi-head attention, a clip and a head at a time."""
-    out = np.zeros_like(queries)
+    """Multi-head attention in each clip, a head at a time."""
     weights, biases = numbers(module.in_proj_weight), numbers(module.in_proj_bias)
-    for b in range(len(queries)):
-        maps = zip((queries[b], keys[b], keys[b]), np.split(weights, 3), np.split(biases, 3))
-        q, k, v = (x @ weight.T + bias for x, weight, bias in maps)
-        for part in np.split(np.arange(q.shape[1]), heads):
-            score = np.exp(q[:, part] @ k[:, part].T / np.sqrt(len(part)))
-            out[b][:, part] = score / score.sum(1, keepdims=True) @ v[:, part]
-    return linear(out, module.out_proj)
+    maps = zip((queries, keys, keys), np.split(weights, 3), np.split(biases, 3))
+    q, k, v = (np.split(x @ weight.T + bias, heads, axis=-1) for x, weight, bias in maps)
+    scores = [np.exp(q[i] @ k[i].swapaxes(1, 2) / q[i].shape[-1] ** 0.5) for i in range(heads)]
+    mixed = [score / score.sum(-1, keepdims=True) @ x for score, x in zip(scores, v)]
+    return linear(np.concatenate(mixed, axis=-1), module.out_proj)
 
 
 def self_attention(block, x):
@@ -77,10 +74,9 @@ def test_attention_and_fusion_are_their_formulas_clip_by_clip():
 
 
 def test_tnet_and_adapter_have_the_published_widths_and_composed_is_all_of_tnet():
-    full = {models.TNet: [512, 2048, 1024, 512, 256, 512, 1024, 2048, 512]}
-    for build, widths in {**full, models.Adapter: [512, 256, 512]}.items():
-        layers = list(zip(widths, widths[1:]))
-        assert [tuple(layer.weight.shape[::-1]) for layer in build()] == layers
+    widths = [512, 2048, 1024, 512, 256, 512, 1024, 2048]
+    assert [layer.in_features for layer in models.TNet()] == widths
+    assert [layer.in_features for layer in models.Adapter()] == [512, 256]
     net, x = built(models.TNet, 16).double(), normal(30, 16).double()
     composed, want = net.composed(), linear(numbers(x), *net)
     same(net(x), want, 1e-10)
@@ -109,8 +105,8 @@ def test_teachers_are_joint_visual_and_privileged(adapters):
         same(predictions[:, i + 1], linear(want, net.heads[view]))
 
 
-FLOATS, BYTES = normal(1, 3, 5, 18, 22), torch.randint(256, (1, 3, 5, 18, 22), dtype=torch.uint8)
-SPECTROGRAMS = normal(2, 1, 37, 41)
+SPECTROGRAMS, FLOATS = normal(2, 1, 37, 41), normal(1, 3, 5, 18, 22)
+BYTES = (50 * FLOATS + 128).clamp(0, 255).byte()
 
 
 @pytest.mark.parametrize("x", [normal(5, 6), SPECTROGRAMS, BYTES], ids=["1d", "2d", "3d"])
@@ -127,10 +123,10 @@ def test_student_is_its_parts_and_comes_back_from_its_file(x):
     loaded = models.load_student(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
     torch.testing.assert_close(loaded(x), net(x))
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
-    with pytest.raises(KeyError):
-        models.load_student({"weights": net.state_dict()})
-    with pytest.raises(RuntimeError):
-        models.load_student({**saved, "weights": single.state_dict()})
+    foreign = {KeyError: {"weights": {}}, RuntimeError: {**saved, "weights": single.state_dict()}}
+    for error, other in foreign.items():
+        with pytest.raises(error):
+            models.load_student(other)
 
 
 def layer(x, state, conv, norm, stride):
@@ -145,63 +141,52 @@ def layer(x, state, conv, norm, stride):
 
 
 @pytest.mark.parametrize("x", [SPECTROGRAMS, FLOATS, BYTES], ids=["2d", "3d", "3d bytes"])
-def test_eighteen_layers_one_by_one_by_the_published_names(x):
-    net = built(models.backbone, x.shape[1:], dim=5, width=3)
+def test_eighteen_layers_one_by_one_by_the_published_names_and_in_bfloat16(x):
+    net, half = (built(models.backbone, x.shape[1:], 5, 3, bfloat16) for bfloat16 in (False, True))
     out, state = numbers(x[0]), net.state_dict()
-    if x.dim() == 4:
-        conv1, bn1, conv2, bn2 = "conv1", "bn1", "conv2", "bn2"
+    if x is SPECTROGRAMS:
+        parts = "conv1", "bn1", "conv2", "bn2"
         out = np.maximum(layer(out, state, "conv1", "bn1", 2), 0)
         out = maximum_filter(out, (1, 3, 3), mode="constant")[:, ::2, ::2]
     else:
-        conv1, bn1, conv2, bn2 = "conv1.0", "conv1.1", "conv2.0", "conv2.1"
+        parts = "conv1.0", "conv1.1", "conv2.0", "conv2.1"
         mean, std = np.reshape([0.485, 0.456, 0.406, 0.229, 0.224, 0.225], (2, 3, 1, 1, 1))
         out = (out / 255 - mean) / std if x is BYTES else out
         out = np.maximum(layer(out, state, "stem.0", "stem.1", (1, 2, 2)), 0)
-    for stage in range(1, 5):
-        for name, stride in ((f"layer{stage}.0.", 1 + (stage > 1)), (f"layer{stage}.1.", 1)):
-            hidden = np.maximum(layer(out, state, name + conv1, name + bn1, stride), 0)
-            hidden = layer(hidden, state, name + conv2, name + bn2, 1)
-            if stride == 2:
-                out = layer(out, state, name + "downsample.0", name + "downsample.1", 2)
-            out = np.maximum(hidden + out, 0)
+    for stage, block in np.ndindex(4, 2):
+        name, stride = f"layer{stage + 1}.{block}.", 2 if stage > 0 == block else 1
+        conv1, bn1, conv2, bn2 = (name + part for part in parts)
+        hidden = np.maximum(layer(out, state, conv1, bn1, stride), 0)
+        if stride == 2:
+            out = layer(out, state, name + "downsample.0", name + "downsample.1", 2)
+        out = np.maximum(layer(hidden, state, conv2, bn2, 1) + out, 0)
     same(net(x)[0], linear(out.reshape(len(out), -1).mean(1), net.fc), 1e-4)
     left = {name for name in state if not name.endswith("num_batches_tracked")}
-    assert left == {"fc.weight", "fc.bias"}
-
-
-@pytest.mark.parametrize("x", [SPECTROGRAMS, BYTES], ids=["2d", "3d"])
-def test_bfloat16_gives_nearly_the_same_in_float32(x):
-    exact = built(models.backbone, x.shape[1:], dim=8, width=8)(x)
-    near = built(models.backbone, x.shape[1:], dim=8, width=8, bfloat16=True)(x)
-    assert near.dtype == exact.dtype == torch.float32
-    assert 0 < (near - exact).norm() < 0.03 * exact.norm()
+    assert left == {"fc.weight", "fc.bias"} and half(x).dtype == torch.float32
+    assert 0 < (half(x) - net(x)).norm() < 0.03 * net(x).norm()
 
 
 @pytest.mark.parametrize("build, options, stem, shape, count", [
     (models.ResNet18, {"dim": 1000, "channels": 3}, "conv1.weight", (64, 3, 7, 7), 11_689_512),
     (models.R3D18, {"dim": 400}, "stem.0.weight", (64, 3, 3, 7, 7), 33_371_472),
 ])
-def test_shapes_counts_and_initial_weights_are_published(build, options, stem, shape, count):
-    net = build(**options)
-    assert sum(p.numel() for p in net.parameters()) == count
-    kernels = {name: p for name, p in net.named_parameters() if p.dim() > 2}
-    for name, kernel in kernels.items():  # the initial weights by He et al., fan out
-        size = {1 if "downsample" in name else 3}
-        assert kernel.shape == shape if name == stem else set(kernel.shape[2:]) == size
-        assert kernel.std().item() == pytest.approx((2 / kernel[:, 0].numel()) ** 0.5, rel=0.05)
+def test_shapes_and_counts_are_published_and_such_files_load(build, options, stem, shape, count):
+    published = built(build, **options)
+    weights = dict(published.named_parameters())
+    assert sum(p.numel() for p in weights.values()) == count and weights[stem].shape == shape
+    for name, kernel in weights.items():
+        if kernel.dim() > 2:  # He et al., fan out
+            assert name == stem or set(kernel.shape[2:]) == {1 if "downsample" in name else 3}
+            assert kernel.std().item() == pytest.approx((2 / kernel[:, 0].numel()) ** 0.5, rel=0.05)
 
-
-@pytest.mark.parametrize("counters", [True, False])
-@pytest.mark.parametrize("build, options", [(models.ResNet18, {"channels": 3}), (models.R3D18, {})])
-def test_published_weights_load_by_name_but_for_the_last_layer(build, options, counters):
-    state = built(build, dim=1000, width=2, **options).state_dict()
-    published = {name: t + 7 for name, t in state.items() if counters or t.dim()}
-    net = build(dim=16, width=2)
-    own = {name: t.clone() for name, t in net.state_dict().items()}
-    models.load_published(net, published)
-    for name, t in net.state_dict().items():
-        want = own[name] if name.startswith("fc.") else published.get(name, own[name])
-        assert t.equal(want.sum(1, keepdim=True) if want.shape[1:] == (3, 7, 7) else want)
+    for counters in (True, False):
+        file = {name: t + 7 for name, t in published.state_dict().items() if counters or t.dim()}
+        net = build(dim=16)
+        own = {name: t.clone() for name, t in net.state_dict().items()}
+        models.load_published(net, file)
+        for name, t in net.state_dict().items():
+            want = own[name] if name.startswith("fc.") else file.get(name, own[name])
+            assert t.equal(want.sum(1, keepdim=True) if want.shape[1:] == (3, 7, 7) else want)
 
 
 def test_other_weights_are_refused_with_every_key():

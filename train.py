@@ -643,7 +643,7 @@ def summary(args, data, reports):
     metric = "accuracy" if data.task == "classification" else "ccc"
     result = {"dataset": args.dataset, "task": data.task, "metric": metric, "seed": args.seed}
     error = lambda values: stats.sem(values) if len(values) > 1 else None  # noqa: E731
-    names = [name for group in args.groups.values() for name in group]
+    names = [name for group in ("data", *STAGES) for name in args.groups[group]]
     result["arguments"] = {name: getattr(args, name) for name in names}
     result.update(folds=reports, mean=merged(units, np.mean), stderr=merged(units, error))
     for other in ("task", "visual"):
@@ -765,7 +765,7 @@ def train_all(args):
         lines.writerows(history)
         write(run.out / "history.csv", file.getvalue().encode())
         for folder, scored in ((run.out, reports), (args.out, every)):
-            text = json.dumps(result := summary(args, data, scored), indent=2, default=str)
+            text = json.dumps(result := summary(args, data, scored), indent=2)
             write(folder / "results.json", f"{text}\n".encode())
         draw(last, history)
     show(args, data, result)
