@@ -47,9 +47,8 @@ def _reason(error):
 class TwoView(NamedTuple):
     """N clips. Integer labels make a classification, float labels a regression.
 
-    view[rows], with a list of rows, is a batch: vectors (B, F) float32, clips of frames (B, 3, T, H, W)
-    uint8, or spectrograms (B, 1, H, W) float32; view.shape is that of all. A tensor is in memory, a
-    Dataset in files.
+    view[rows], with a list of rows, is a batch: vectors (B, F) float32, clips of frames uint8
+    (B, 3, T, H, W), or spectrograms (B, 1, H, W) float32. view.shape is that of all clips.
     """
 
     visual: torch.Tensor | Dataset
@@ -65,7 +64,7 @@ class TwoView(NamedTuple):
 
 
 def load(args, need_privileged=True, need_label=True):
-    """The TwoView of args.dataset. Without need_privileged or need_label that part need not exist."""
+    """The TwoView of args.dataset. What is not needed need not be there."""
     if args.dataset == "synthetic":
         return synthetic(args.seed)
     needs = {"need_privileged": need_privileged, "need_label": need_label}
@@ -75,7 +74,7 @@ def load(args, need_privileged=True, need_label=True):
         how = {"levels": args.levels, "signal": args.signal, **needs}
         return biovid(args.data or "data/biovid", **how)
     if args.data is None:
-        raise DataError("--dataset features needs --data FILE.npz with visual, privileged and label")
+        raise DataError("--dataset features needs --data FILE.npz of visual, privileged, label")
     return features(args.data, **needs)
 
 
@@ -104,9 +103,12 @@ def features(path, need_privileged=True, need_label=True):
         group = np.unique(arrays["group"], return_inverse=True)[1]
     if "split" in arrays:
         _check_kind(path, "split", arrays["split"], "SU", "strings")
-        split = np.array([s.decode("ascii", "replace") if isinstance(s, bytes) else s for s in arrays["split"]])
+        split = arrays["split"]
+        if split.dtype.kind == "S":
+            split = np.char.decode(split, "ascii", "replace")
         for row in np.flatnonzero((split != "train") & (split != "val"))[:1]:
-            raise DataError(f'{path}: split row {row} is "{split[row]}"; it must be "train" or "val"')
+            must = 'it must be "train" or "val"'
+            raise DataError(f'{path}: split row {row} is "{split[row]}"; {must}')
         split = split == "train"
     if group is not None and split is not None and set(group[split]) & set(group[~split]):
         shared = arrays["group"][np.isin(group, group[split]) & ~split][0]
@@ -120,7 +122,8 @@ def features(path, need_privileged=True, need_label=True):
 def _read_npz(path, needed, optional):
     """The arrays of these keys, those that are needed and the optional ones that are there."""
     if not Path(path).is_file():
-        raise DataError(f"{path}: {'a folder, not a file' if Path(path).is_dir() else 'no such file'}")
+        what = "a folder, not a file" if Path(path).is_dir() else "no such file"
+        raise DataError(f"{path}: {what}")
     try:
         with np.load(path, allow_pickle=False) as archive:
             keys = sorted(archive.files)
@@ -170,11 +173,12 @@ def _label(path, array):
 def synthetic(seed=0, people=60, clips=24, size=32, frames=4):
     """An Aff-Wild2-like problem, rendered in memory: `people` faces filmed for `clips` clips each.
 
-    Valence and arousal wander in time within [-1, 1]. A face, drawn in its person's proportions and tone, curves its
-    mouth with valence and opens its eyes with arousal, unsteadily from frame to frame and in noise; in spells of
-    several clips a hand hides its mouth or its eyes. The voice's harmonics lie by arousal and by speaker, and fall off
-    by valence, with less noise and never hidden. Every third person is in the validation split. Source: ours; it
-    exists to exercise the code, and says nothing about real faces.
+    Valence and arousal wander in time within [-1, 1]. A face, drawn in its person's proportions and
+    tone, curves its mouth with valence and opens its eyes with arousal, unsteadily from frame to
+    frame and in noise; in spells of several clips a hand hides its mouth or its eyes. The voice's
+    harmonics lie by arousal and by speaker, and fall off by valence, with less noise and never
+    hidden. Every third person is in the validation split. Source: ours; it exercises the code, and
+    says nothing about real faces.
 
     visual (3, frames, size, size) uint8, privileged a spectrogram (1, size, size) float32.
     """
@@ -188,25 +192,32 @@ def synthetic(seed=0, people=60, clips=24, size=32, frames=4):
         state = 0.95 * state + 0.3 * normal(people, 2)
         states.append(state)
     label = torch.stack(states, dim=1).tanh()  # (people, clips, 2)
-    person = normal(people, 1, 1, 1, 1, 6)  # (people, clips, frames, size, size) in all that follows
+    person = normal(people, 1, 1, 1, 1, 6)  # as all below: (people, clips, frames, size, size)
     shown = label.view(people, clips, 1, 1, 1, 2) + 0.15 * normal(people, clips, frames, 1, 1, 2)
     y, x = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")
 
-    face = (0.6 + 0.08 * person[..., 0]) * ((x / 0.75) ** 2 + (y / (0.9 + 0.05 * person[..., 1])) ** 2 < 1)
-    eyes = (x.abs() - 0.33 - 0.04 * person[..., 2]) ** 2 / 0.02 + (y + 0.25) ** 2 / (0.12 + 0.07 * shown[..., 1]) ** 2
-    mouth = (y - 0.42 - 0.05 * person[..., 3] + 0.9 * shown[..., 0] * (x**2 - 0.12)) ** 2 / 0.008 + (x / 0.55) ** 4
-    face = face - 0.4 * (-eyes).exp() - 0.4 * (-mouth).exp() + 0.08 * normal(people, clips, frames, size, size)
-    spells = torch.nn.functional.max_pool1d((torch.rand(people, 2, clips, generator=g) < 0.03).float(), 5, 1, 2) > 0
+    oval = (x / 0.75) ** 2 + (y / (0.9 + 0.05 * person[..., 1])) ** 2 < 1
+    eyes_x = (x.abs() - 0.33 - 0.04 * person[..., 2]) ** 2 / 0.02
+    eyes = eyes_x + (y + 0.25) ** 2 / (0.12 + 0.07 * shown[..., 1]) ** 2
+    mouth_y = y - 0.42 - 0.05 * person[..., 3] + 0.9 * shown[..., 0] * (x**2 - 0.12)
+    mouth = mouth_y**2 / 0.008 + (x / 0.55) ** 4
+    noise = 0.08 * normal(people, clips, frames, size, size)
+    face = (0.6 + 0.08 * person[..., 0]) * oval - 0.4 * (-eyes).exp() - 0.4 * (-mouth).exp() + noise
+    starts = (torch.rand(people, 2, clips, generator=g) < 0.03).float()
+    spells = torch.nn.functional.max_pool1d(starts, 5, 1, 2) > 0
     for part, hidden in zip((y < 0, y >= 0), spells.unbind(1)):
         face = torch.where(hidden.view(people, clips, 1, 1, 1) & part, 0.3, face)
     face = (255 * face.clamp(0, 1)).byte().flatten(0, 1).unsqueeze(1).expand(-1, 3, -1, -1, -1)
 
     heard, height = shown.mean(2), (torch.arange(size) / size).view(size, 1)  # height: frequency
-    pitch, slope = 0.22 + 0.06 * heard[..., 1] + 0.01 * person[:, :, 0, ..., 4], 2 + 0.2 * person[:, :, 0, ..., 5]
+    pitch = 0.22 + 0.06 * heard[..., 1] + 0.01 * person[:, :, 0, ..., 4]
+    slope = 2 + 0.2 * person[:, :, 0, ..., 5]
     harmonics = (2 * math.pi * height / pitch).cos() * (-height * (slope - heard[..., 0])).exp()
     voice = (harmonics + 0.2 * normal(people, clips, size, size)).flatten(0, 1).unsqueeze(1)
     group = np.repeat(np.arange(people), clips)
-    return TwoView(face, voice, label.flatten(0, 1), ["valence", "arousal"], group, split=group % 3 > 0)
+    label, names = label.flatten(0, 1), ["valence", "arousal"]
+    return TwoView(face, voice, label, names, group, split=group % 3 > 0)
+
 
 # ---- raw views: read when asked for -------------------------------------------------------------
 
@@ -214,9 +225,9 @@ def synthetic(seed=0, people=60, clips=24, size=32, frames=4):
 class Frames(Dataset):
     """Clips of face frames, (N, 3, T, 112, 112) uint8.
 
-    Clip i is the files folders[of[i]] / pattern.format(number) of the T numbers frames[i]. naming makes
-    its name from the folder's and the last number. present[i], where it is known, are the numbers of
-    all its frames. Only numbers are kept, so that memory does not grow with the videos.
+    Clip i is the files folders[of[i]] / pattern.format(number) of the T numbers frames[i]. naming
+    makes its name from the folder's and the last number. present[i], where known, are the numbers
+    of all its frames. Only numbers are kept, so that memory does not grow with the videos.
     """
 
     def __init__(self, folders, pattern, of, frames, naming="{}/{:05d}", present=None):
@@ -235,8 +246,8 @@ class Frames(Dataset):
         return torch.from_numpy(np.stack([self._clip(row) for row in rows]))
 
     def drawn(self, seed):
-        """The view for an epoch of training: two neighbours from a random place in each of T / 2
-        segments, where all frames of a clip are known. Source: released code, its only augmentation."""
+        """The view for an epoch of training: where all frames of a clip are known, two neighbours
+        from a random place in each of T / 2 segments. Source: released code."""
         view = copy.copy(self)
         view.seed = None if self.present is None else seed
         return view
@@ -295,7 +306,7 @@ class Sounds(Dataset):
         stop = round(self.end[row] * len(samples))
         sound, kind = samples[max(stop - rate, 0) : stop], samples.dtype
         with np.errstate(**QUIET):
-            sound = sound.mean(axis=1, dtype=np.float64) if sound.ndim > 1 else sound.astype(np.float64)
+            sound = sound.reshape(len(sound), -1).mean(axis=1, dtype=np.float64)
         if kind.kind in "iu":  # to [-1, 1]; 8 bit is unsigned around 128
             sound = (sound - (128 if kind == np.uint8 else 0)) / 2.0 ** (8 * kind.itemsize - 1)
         sound = np.pad(sound, (rate - len(sound), 0))
@@ -348,29 +359,31 @@ def _finite(values, path):
 
 
 def read_wav(path):
-    """(samples a second, samples (n,) or (n, channels)) of a wav file, memory-mapped where its format allows."""
+    """(samples a second, samples (n,) or (n, channels)) of a wav file, memory-mapped if possible."""
     try:
         with open(path, "rb") as file:
             promised = int.from_bytes(file.read(8)[4:], "little") + 8
-            if os.fstat(file.fileno()).st_size < promised < 2**32:  # beyond: of a stream, whose end was not known
+            if os.fstat(file.fileno()).st_size < promised < 2**32:  # more: a stream of unknown end
                 raise ValueError("cut off")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", wavfile.WavFileWarning)  # chunks of metadata, which ffmpeg writes
+            warnings.simplefilter("ignore", wavfile.WavFileWarning)  # of ffmpeg's metadata
             try:
                 rate, samples = wavfile.read(path, mmap=True)
             except ValueError:  # 24-bit samples cannot be mapped
                 rate, samples = wavfile.read(path)
     except FileNotFoundError:
-        raise DataError(f"{path} is missing; make it with: ffmpeg -i {Path(path).stem}.mp4 -vn {path}") from None
+        make = f"ffmpeg -i {Path(path).stem}.mp4 -vn {path}"
+        raise DataError(f"{path} is missing; make it with: {make}") from None
     except Exception as error:  # a damaged file can raise anything; its reader needs the name
         raise DataError(f"{path}: not a readable wav file ({_reason(error)})") from None
     if len(samples) == 0 or not 1_000 <= rate <= 400_000:
-        raise DataError(f"{path}: holds no sound, or none of 1 to 400 kHz ({len(samples)} samples at {rate} Hz)")
+        found = f"{len(samples)} samples at {rate} Hz"
+        raise DataError(f"{path}: holds no sound, or none of 1 to 400 kHz ({found})")
     return rate, samples
 
 @functools.cache  # every clip needs them
 def mel_filters(bands=64, n_fft=1024, rate=SAMPLE_RATE):
-    """Triangular filters (bands, n_fft / 2 + 1), evenly spaced on the mel scale 2595 log10(1 + f / 700)."""
+    """Triangular filters (bands, n_fft / 2 + 1), even on the mel scale 2595 log10(1 + f / 700)."""
     top = 2595 * math.log10(1 + rate / 2 / 700)
     corners = 700 * (10 ** (torch.linspace(0, top, bands + 2, dtype=torch.float64) / 2595) - 1)
     frequency = torch.linspace(0, rate / 2, n_fft // 2 + 1, dtype=torch.float64)
@@ -383,8 +396,9 @@ def mel_filters(bands=64, n_fft=1024, rate=SAMPLE_RATE):
 def log_mel(sound, steps=107):
     """Log-mel spectrogram of sound at 44.1 kHz, (n,) in [-1, 1] -> (1, 64, steps) float32.
 
-    n_fft 1024, window of 20 ms, hop of 10 ms, 64 bands, decibels, then (x + 14.8) / 19.895; the last `steps`
-    steps, silence on the left where there are fewer. Source: the lab's Aff-Wild2 code; the silence ours.
+    n_fft 1024, window of 20 ms, hop of 10 ms, 64 bands, decibels, then (x + 14.8) / 19.895; the
+    last `steps` steps, silence on the left where there are fewer. Source: the lab's Aff-Wild2 code;
+    the silence ours.
     """
     window = torch.hann_window(SAMPLE_RATE // 50, dtype=torch.float64)
     how = {"window": window, "center": True, "pad_mode": "reflect", "return_complex": True}
@@ -403,16 +417,19 @@ def affwild2(root, need_privileged=True, need_label=True, stride=1):
     cropped_aligned/VIDEO/00001.jpg ...                       frames without a face are missing
     audio/VIDEO.wav                                           without a _left or _right
 
-    A clip for every `stride`-th frame that is annotated and has a face: the 8 frames that end there,
-    every 4th of a window of 32, and the second of sound that ends there. For a frame without a face
-    stands the nearest one of the video that has one and is no later than the clip (ours). A video
-    without any is named in a warning. Without need_label every frame with a face counts as annotated.
-    Source: the lab's Aff-Wild2 code.
+    A clip for every `stride`-th frame that is annotated and has a face: the 8 frames that end
+    there, every 4th of a window of 32, and the second of sound that ends there. For a frame without
+    a face stands the nearest one that has one and is no later than the clip (ours). A video without
+    any is named in a warning. Without need_label every frame counts as annotated. Source: the lab's
+    Aff-Wild2 code.
     """
     root, parts = Path(root), ("Train_Set", "Validation_Set")
     wanted = [f"annotations/{part}" for part in parts if need_label] + ["cropped_aligned"]
     _check_root(root, wanted + ["audio"] * need_privileged, "Aff-Wild2")
-    files = [(file, part) for part in parts for file in sorted((root / "annotations" / part).glob("*.txt"))]
+    files = []
+    for part in parts:
+        texts = sorted((root / "annotations" / part).glob("*.txt"))
+        files += [(file, part) for file in texts]
     if not need_label:
         folders = sorted(path for path in (root / "cropped_aligned").iterdir() if path.is_dir())
         files = [(Path(f"{folder.name}.txt"), "") for folder in folders]
@@ -427,7 +444,8 @@ def affwild2(root, need_privileged=True, need_label=True, stride=1):
         if len(usable) == 0:
             empty.append(file.stem)
             continue
-        sounds.append(root / "audio" / f"{file.stem.removesuffix('_left').removesuffix('_right')}.wav")
+        video = file.stem.removesuffix("_left").removesuffix("_right")
+        sounds.append(root / "audio" / f"{video}.wav")
         if need_privileged:
             read_wav(sounds[-1])
         of.append(np.full(len(usable), len(folders)))
@@ -441,7 +459,7 @@ def affwild2(root, need_privileged=True, need_label=True, stride=1):
         raise DataError(f"{root}: no {kind} in any video")
     if empty:
         more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
-        warnings.warn(f"{root}: no {kind} in {', '.join(empty[:5])}{more}", UserWarning, stacklevel=2)
+        warnings.warn(f"{root}: no {kind} in {', '.join(empty[:5])}{more}", stacklevel=2)
     of, names = np.concatenate(of), [path.name for path in sounds]
     return TwoView(
         visual=Frames(folders, "{:05d}.jpg", of, np.concatenate(frames)),
@@ -482,7 +500,7 @@ def _valence_arousal(path):
 
 
 def _frame_numbers(folder, prefix):
-    """Sorted numbers of the JPEG files prefix00001.jpg ... in a folder; empty where there is none."""
+    """Sorted numbers of the files prefix00001.jpg ... in a folder; empty where there is none."""
     names = os.listdir(folder) if folder.is_dir() else []
     texts = (n[len(prefix) : -4] for n in names if n.startswith(prefix) and n.endswith(".jpg"))
     numbers = [int(text) for text in texts if text.isdecimal() and len(text) < 10]
@@ -501,7 +519,9 @@ def _nearest(present, wanted, last):
 # ---- BioVid -------------------------------------------------------------------------------------
 
 
-def biovid(root, need_privileged=True, need_label=True, levels=("BL1", "PA4"), signal="emg_corrugator"):
+def biovid(
+    root, need_privileged=True, need_label=True, levels=("BL1", "PA4"), signal="emg_corrugator"
+):
     """BioVid Part A, a class for each of `levels`, a group for each person. Below root:
 
     frames/SUBJECT/CLIP/img_00001.jpg ...         10 are taken, evenly spread over the clip
@@ -512,7 +532,8 @@ def biovid(root, need_privileged=True, need_label=True, levels=("BL1", "PA4"), s
     """
     root, levels = Path(root), list(levels)
     if not set(levels) <= set(BIOVID_LEVELS) or len(set(levels)) < max(2, len(levels)):
-        raise DataError(f"argument --levels: name two or more different ones of {','.join(BIOVID_LEVELS)}")
+        known = ",".join(BIOVID_LEVELS)
+        raise DataError(f"argument --levels: name two or more different ones of {known}")
     _check_root(root, ["frames"] + ["biosignals_filtered"] * need_privileged, "BioVid")
     folders, files, labels, frames, present = [], [], [], [], []
     for clip in sorted(path for path in (root / "frames").glob("*/*") if path.is_dir()):
@@ -552,11 +573,11 @@ def biovid(root, need_privileged=True, need_label=True, levels=("BL1", "PA4"), s
 def folds(data, k=None, seed=0, train_rows=None, set_aside=False):
     """List of (rows to train on, to choose epochs by, to score), LongTensors in increasing order.
 
-    The data set's own split where it has one and k is None; else k (default 5) folds: by person where
-    groups are known, so that nobody is on both sides (ours; the released code splits by clip), and
-    otherwise stratified by class, or at random for a regression. train_rows are drawn from each fold's
-    training rows. set_aside takes a fifth of them, by person where groups are known, to choose by;
-    without it the scored rows choose, the paper's protocol.
+    The data set's own split where it has one and k is None; else k (default 5) folds: by person
+    where groups are known, so that nobody is on both sides (ours; the released code splits by
+    clip), and otherwise stratified by class, or at random for a regression. train_rows are drawn
+    from each fold's training rows. set_aside takes a fifth of them, of the people where groups are
+    known, to choose by; without it the scored rows choose, the paper's protocol.
     """
     if data.task == "classification" and len(data.names) < 2:
         raise DataError(f"label holds a single class, {data.names[0]}; there is nothing to learn")
@@ -586,8 +607,8 @@ def folds(data, k=None, seed=0, train_rows=None, set_aside=False):
         if data.task == "classification":
             absent = np.setdiff1d(np.arange(len(data.names)), data.label[train].numpy())
             if len(absent):
-                name = data.names[absent[0]]
-                raise DataError(f"fold {i} has no training row of class {name}: try other --folds or --seed")
+                what = f"no training row of class {data.names[absent[0]]}"
+                raise DataError(f"fold {i} has {what}: try other --folds or --seed")
         result.append(tuple(torch.from_numpy(rows) for rows in (train, choose, val)))
     return result
 
