@@ -1,5 +1,7 @@
 """Data sets and folds: what is read is what was written, nobody is on both sides, mistakes are named."""
 
+from argparse import Namespace
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,9 @@ def arrays(n=40, classes=4, **more):
 
 
 def written(tmp_path, **keys):
-    np.savez(tmp_path / "f.npz", **{name: value for name, value in keys.items() if value is not None})
+    np.savez(
+        tmp_path / "f.npz", **{name: value for name, value in keys.items() if value is not None}
+    )
     return tmp_path / "f.npz"
 
 
@@ -25,7 +29,9 @@ def test_features_are_what_was_written(tmp_path):
     given = arrays(group=np.repeat(list("abcd"), 10), split=np.array(["train"] * 30 + ["val"] * 10))
     data = features(written(tmp_path, **given))
     assert np.array_equal(data.visual.numpy(), given["visual"].astype(np.float32))
-    assert np.array_equal(data.privileged.numpy(), given["privileged"].reshape(40, -1).astype(np.float32))
+    assert np.array_equal(
+        data.privileged.numpy(), given["privileged"].reshape(40, -1).astype(np.float32)
+    )
     assert data.label.tolist() == given["label"].tolist() and data.names == [0, 1, 2, 3]
     assert (
         data.group.tolist() == np.repeat([0, 1, 2, 3], 10).tolist()
@@ -39,7 +45,9 @@ def test_classes_may_be_any_integers(tmp_path):
     assert data.names == [-2, 7] and data.label.tolist() == [1, 0] * 20
 
 
-@pytest.mark.parametrize("columns, names", [(1, ["0"]), (2, ["valence", "arousal"]), (3, ["0", "1", "2"])])
+@pytest.mark.parametrize(
+    "columns, names", [(1, ["0"]), (2, ["valence", "arousal"]), (3, ["0", "1", "2"])]
+)
 def test_float_labels_make_a_regression(tmp_path, columns, names):
     label = np.random.default_rng(1).uniform(-1, 1, (40, columns))
     data = features(written(tmp_path, **arrays(label=label)))
@@ -55,8 +63,13 @@ def test_bytes_and_flat_views_are_numbers_too(tmp_path):
 def test_a_file_without_privileged_serves_evaluation_only(tmp_path):
     path = written(tmp_path, **arrays(privileged=None))
     assert features(path, need_privileged=False).privileged is None
-    unread = written(tmp_path, **arrays(privileged=np.array([{}] * 40, dtype=object), notes=np.array([{}])))
-    assert features(unread, need_privileged=False).visual.shape == (40, 5)  # other keys may hold anything
+    unread = written(
+        tmp_path, **arrays(privileged=np.array([{}] * 40, dtype=object), notes=np.array([{}]))
+    )
+    assert features(unread, need_privileged=False).visual.shape == (
+        40,
+        5,
+    )  # other keys may hold anything
     path = written(tmp_path, **arrays(privileged=None))
     with pytest.raises(ValueError, match=r"f.npz: no key privileged; it has label, visual"):
         features(path)
@@ -84,7 +97,10 @@ BAD = [
     (dict(split=np.ones((40, 2))), r"split must be \(N,\)"),
     (dict(visual=np.array([{}] * 40, dtype=object)), "not a .npz file of plain arrays"),
     (dict(split=np.array([b"tr\xe4in"] * 40)), "split row 0 is"),
-    (dict(group=np.arange(40) % 7, split=np.array(["train"] * 36 + ["val"] * 4)), "group 1 is in both parts of split"),
+    (
+        dict(group=np.arange(40) % 7, split=np.array(["train"] * 36 + ["val"] * 4)),
+        "group 1 is in both parts of split",
+    ),
 ]
 
 
@@ -95,7 +111,9 @@ def test_mistakes_in_a_file_are_named(tmp_path, keys, message):
     assert "f.npz" in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and then nothing", b"\x93NUMPY", b"visual,label\n1,2\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\x03\x04 and then nothing", b"\x93NUMPY", b"visual,label\n1,2\n"]
+)
 def test_files_that_are_no_npz(tmp_path, content):
     path = tmp_path / "f.npz"
     path.write_bytes(content)
@@ -115,12 +133,24 @@ def test_files_that_are_no_npz(tmp_path, content):
 
 
 def test_load_by_name():
-    assert load("synthetic", seed=3).visual.equal(synthetic(3).visual)
+    def named(dataset):
+        return load(
+            Namespace(
+                dataset=dataset,
+                data=None,
+                seed=3,
+                clip_stride=1,
+                levels=["BL1", "PA4"],
+                signal="gsr",
+            )
+        )
+
+    assert named("synthetic").visual.equal(synthetic(3).visual)
     with pytest.raises(ValueError, match="--data FILE.npz"):
-        load("features")
+        named("features")
     for name in ("affwild2", "biovid"):
         with pytest.raises(ValueError, match=f"data/{name}"):
-            load(name)
+            named(name)
 
 
 # ---- synthetic --------------------------------------------------------------------------------------
@@ -129,7 +159,10 @@ def test_load_by_name():
 def test_synthetic_is_people_in_time_within_the_range_of_the_labels():
     data = synthetic(0)
     assert data.task == "regression" and data.names == ["valence", "arousal"]
-    assert float(data.label.abs().max()) <= 1 and len(data.visual) == len(data.privileged) == len(data.label) == 1440
+    assert (
+        float(data.label.abs().max()) <= 1
+        and len(data.visual) == len(data.privileged) == len(data.label) == 1440
+    )
     assert data.visual.shape[1:] == (3, 4, 32, 32) and data.visual.dtype == torch.uint8
     assert data.privileged.shape[1:] == (1, 32, 32) and data.privileged.dtype == torch.float32
     for person in range(60):
@@ -148,7 +181,9 @@ def test_synthetic_faces_smile_with_valence_and_the_voice_rises_with_arousal():
     assert 0.05 < hidden[0].float().mean() < 0.3 and 0.05 < hidden[1].float().mean() < 0.3
     seen = ~hidden[1]
     rows = frames[seen, 18:27].argmin(1).float()  # the darkest row of each column is the mouth's
-    smile = rows[:, 14:18].mean(1) - rows[:, [9, 10, 21, 22]].mean(1)  # how far its corners are above its middle
+    smile = rows[:, 14:18].mean(1) - rows[:, [9, 10, 21, 22]].mean(
+        1
+    )  # how far its corners are above its middle
     assert np.corrcoef(smile, data.label[seen, 0])[0, 1] > 0.7
     spectrum = data.privileged[:, 0].mean(2)
     first = spectrum[:, 4:14].argmax(1).float()  # the first harmonic
@@ -159,23 +194,51 @@ def test_synthetic_faces_smile_with_valence_and_the_voice_rises_with_arousal():
 
 
 def check_partition(parts, n):
-    assert sorted(np.concatenate([val for _, val in parts])) == list(range(n))
-    for train, val in parts:
+    assert sorted(np.concatenate([val for _, _, val in parts])) == list(range(n))
+    for train, choose, val in parts:
+        assert choose.equal(val)  # the paper's protocol
         assert sorted(np.concatenate([train, val])) == list(range(n))
 
 
 def test_folds_by_person_share_nobody(tmp_path):
     group = np.repeat(np.arange(10), np.arange(1, 11))
-    data = features(written(tmp_path, **arrays(55, label=np.random.default_rng(0).normal(size=(55, 2)), group=group)))
+    label = np.random.default_rng(0).normal(size=(55, 2))
+    data = features(written(tmp_path, **arrays(55, label=label, group=group)))
     parts = folds(data, 5, seed=1)
     check_partition(parts, 55)
-    for train, val in parts:
+    for train, _, val in parts:
         assert not set(group[train]) & set(group[val])
         assert 9 <= len(val) <= 13
     even = data._replace(group=np.arange(55) // 5)
-    assert folds(even, 5, seed=1)[0][1].tolist() != folds(even, 5, seed=2)[0][1].tolist()
+    assert folds(even, 5, seed=1)[0][2].tolist() != folds(even, 5, seed=2)[0][2].tolist()
     with pytest.raises(ValueError, match="10 people, too few for 11 folds"):
         folds(data, 11)
+
+
+def test_a_fifth_is_set_aside_of_people_or_of_rows(tmp_path):
+    label = np.random.default_rng(0).normal(size=(120, 2))
+    group = np.arange(120) // 6
+    data = features(written(tmp_path, **arrays(120, label=label, group=group)))
+    for (train, choose, val), (everything, _, same) in zip(
+        folds(data, 4, seed=1, set_aside=True), folds(data, 4, seed=1)
+    ):
+        assert val.equal(same) and sorted([*train, *choose]) == everything.tolist()
+        parts = [set(group[rows]) for rows in (train, choose, val)]
+        assert [len(people) for people in parts] == [12, 3, 5] and len(set.union(*parts)) == 20
+    train, choose, val = folds(data._replace(group=None), 4, set_aside=True)[0]
+    assert (len(train), len(choose), len(val)) == (72, 18, 30)
+    assert len({*train.tolist(), *choose.tolist(), *val.tolist()}) == 120
+
+
+def test_train_rows_are_drawn_from_the_training_part(tmp_path):
+    data = features(written(tmp_path, **arrays()))
+    for (train, choose, val), (everything, *_) in zip(
+        folds(data, 4, train_rows=20, set_aside=True), folds(data, 4)
+    ):
+        assert len(train) == 16 and len(choose) == 4 and len(val) == 10
+        assert {*train.tolist(), *choose.tolist()} <= set(everything.tolist())
+    with pytest.raises(ValueError, match="--train-rows: fold 0 has only 30"):
+        folds(data, 4, train_rows=31)
 
 
 def test_folds_without_people_are_stratified(tmp_path):
@@ -184,7 +247,7 @@ def test_folds_without_people_are_stratified(tmp_path):
     parts = folds(data)
     assert len(parts) == 5
     check_partition(parts, 40)
-    for _, val in parts:
+    for _, _, val in parts:
         assert len(val) == 8
         assert all(abs((label[val] == c).sum() - (label == c).sum() / 5) < 1 for c in range(3))
     with pytest.raises(ValueError, match="class 2 has 6 rows, too few for 7 folds"):
@@ -194,7 +257,7 @@ def test_folds_without_people_are_stratified(tmp_path):
 def test_the_data_sets_own_split_stands_unless_folds_are_asked_for(tmp_path):
     split = np.array(["train", "val"] * 20)
     data = features(written(tmp_path, **arrays(split=split, label=np.arange(40) // 20)))
-    ((train, val),) = folds(data)
+    ((train, _, val),) = folds(data)
     assert set(split[train]) == {"train"} and set(split[val]) == {"val"}
     assert len(folds(data, 3)) == 3
     check_partition(folds(synthetic(0), 3), 1440)
@@ -202,7 +265,8 @@ def test_the_data_sets_own_split_stands_unless_folds_are_asked_for(tmp_path):
 
 def test_folds_that_cannot_be_trained_on_are_named(tmp_path):
     last_two = np.array(["train"] * 38 + ["val"] * 2)
-    data = features(written(tmp_path, **arrays(label=np.array([0, 1] * 19 + [5, 5]), split=last_two)))
+    label = np.array([0, 1] * 19 + [5, 5])
+    data = features(written(tmp_path, **arrays(label=label, split=last_two)))
     with pytest.raises(ValueError, match="fold 0 has no training row of class 5"):
         folds(data)
     data = features(written(tmp_path, **arrays(split=np.array(["train"] * 40))))

@@ -1,10 +1,7 @@
-"""Two processes on the CPU (torchrun, gloo) do what one does. Run as a script by its own tests."""
+"""Two processes on the CPU (torchrun, gloo) do what one does. Run as a script by its own test."""
 
-import gc
-import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,92 +10,69 @@ from torch import distributed, nn
 
 import mtpkdot
 import train
-from models import R3D18, Head, ResNet18, synchronise_batch_norm
+from test_train import SMALL, go, history, one_line, results, two_view
+
+HERE = Path(__file__).resolve()
+TINY = ["--epochs", 1, "--dim", 8, "--width", 1, "--train-rows", 200, "--batch-size", 40]
 
 
-def command(*argv):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, argv)]
+def torchrun(*argv):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return subprocess.run([*command, *map(str, argv)], capture_output=True, text=True, timeout=300)
 
 
-def torchrun(*argv, cwd):
-    return subprocess.run(command(*argv), cwd=cwd, capture_output=True, text=True, timeout=300)
-
-
-def same_gradients_as_one_process(backbone, shape):
-    """A step on 7 clips, 4 here and 3 there, in float64; then validation."""
+def the_same_gradients_as_one_process():
+    """A step on 7 rows, 4 here and 3 there, of a loss that needs all of them."""
     torch.manual_seed(0)
-    alone = nn.Sequential(backbone(dim=6, width=2), Head(6, 2)).double()
-    torch.manual_seed(0)
-    ours = nn.Sequential(backbone(dim=6, width=2), Head(6, 2)).double()
-    synchronise_batch_norm(ours, lambda row: train.whole(row, 2))
-    both = nn.parallel.DistributedDataParallel(ours)
-    x, label = torch.randn(7, *shape, dtype=torch.float64), torch.rand(7, 2, dtype=torch.float64)
+    alone = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+    ours = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+    ours.load_state_dict(alone.state_dict())
+    both, rows = nn.parallel.DistributedDataParallel(ours), torch.arange(7)
+    x, label = torch.randn(7, 5).double(), torch.rand(7, 2).double()
     mtpkdot.task_loss(alone(x), label).backward()
-    mtpkdot.task_loss(train.whole(both(train.share(x)), 7), label).backward()
+    share = rows.tensor_split(2)[distributed.get_rank()]
+    outputs = train.Gather.apply(both(x[share]), rows)
+    torch.testing.assert_close(outputs, alone(x), rtol=1e-12, atol=0)
+    mtpkdot.task_loss(outputs, label).backward()
     for one, two in zip(alone.parameters(), ours.parameters()):
-        torch.testing.assert_close(one.grad, two.grad, rtol=1e-8, atol=1e-12)
-    for one, two in zip(alone.buffers(), ours.buffers()):
-        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(alone.eval()(x), ours.eval()(x), rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-8, atol=1e-14)
 
 
-def every_clip_once():
-    """Embedding in shares looks at each row once, and puts the rows back in their order."""
-    args = train.options(["--device", "cpu", "--batch-size", "3"])
-    seen = []
-    rows = torch.tensor([9, 4, 0, 7, 2, 3, 8])
-    z = train.embed(args, lambda x: seen.extend(x[:, 0].tolist()) or 2 * x, torch.arange(10.0).view(-1, 1), rows, True)
-    assert z.tolist() == [[2.0 * row] for row in rows]
-    everywhere = [None, None]
-    distributed.all_gather_object(everywhere, seen)
-    assert sorted(everywhere[0] + everywhere[1]) == sorted(rows.tolist()) and everywhere[0] and everywhere[1]
+def test_gradients_and_raw_data_shared_out(tmp_path):
+    done = torchrun(HERE, *TINY, "--device", "cpu", "--method", "mtpkdot", "--out", tmp_path)
+    assert done.returncode == 0 and done.stdout.count("as one") == 1, done.stderr
+    assert [row["model"] for row in history(tmp_path)][-1] == "student_mtpkdot"
+    assert done.stdout.count("student mtpkdot") + done.stdout.count("student: mtpkdot") == 1
 
 
-def test_gradients_statistics_and_shares(tmp_path):
-    done = torchrun(Path(__file__).resolve(), cwd=Path(__file__).resolve().parent)
-    assert done.returncode == 0 and done.stdout.count("as one") == 2, done.stderr
+def test_the_same_scores_as_one_process(tmp_path):
+    data = two_view(tmp_path / "data.npz")
+    argv = ["--dataset", "features", "--data", data, "--folds", 2, *SMALL, "--method", "mtpkdot,visual"]
+    done = torchrun(train.__file__, *argv, "--out", tmp_path / "two")
+    assert done.returncode == 0 and not done.stderr.count("train.py"), done.stderr
+    alone = go(*argv, "--out", tmp_path / "one", stdout=True)
+    assert len(done.stdout.splitlines()) == len(alone.said.splitlines())  # said once
+    one, two = (history(tmp_path / name) for name in ("one", "two"))
+    assert [row["model"] for row in one] == [row["model"] for row in two]
+    for a, b in zip(one, two):
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=5e-3)
+    one, two = (results(tmp_path / name)["mean"] for name in ("one", "two"))
+    for part in (lambda mean: mean["students"], lambda mean: {"joint": mean["joint"]}):
+        assert part(one) == pytest.approx(part(two), abs=5e-3)
 
 
-def test_the_same_scores_as_one_process_and_as_when_stopped(tmp_path):
-    argv = ["--epochs", 1, "--dim", 16, "--device", "cpu", "--augment"]
-    done = torchrun(Path(train.__file__).resolve(), *argv, "--out", tmp_path / "two", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\nmtpkdot ") == 2 and "Warning" not in done.stderr  # one table, of two such rows
-    train.main([str(a) for a in (*argv, "--out", tmp_path / "one")])
-    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
-    assert one["arguments"] == two["arguments"] and one["folds"][0].keys() == two["folds"][0].keys()
-    stopped = subprocess.Popen(
-        command(Path(train.__file__).resolve(), *argv, "--out", tmp_path / "three"), cwd=tmp_path, stderr=-1, text=True
-    )
-    while not list((tmp_path / "three").rglob("unfinished_teachers_visual.pt")):
-        assert stopped.poll() is None
-        time.sleep(0.02)
-    stopped.terminate()
-    said = stopped.communicate()[1]
-    assert stopped.returncode and said.count("train.py: stopped; what was done is saved.") == 1
-    assert 'train.py", line' not in said, said
-    done = torchrun(Path(train.__file__).resolve(), *argv, "--out", tmp_path / "three", "--resume", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "three/results.json").read_bytes() == (tmp_path / "two/results.json").read_bytes()
-    for name in train.LABELS:
-        assert one["mean"][name] == pytest.approx(two["mean"][name], abs=5e-3)
-    assert one["mean"]["students"]["mtpkdot"]["best"] == pytest.approx(
-        two["mean"]["students"]["mtpkdot"]["best"], abs=5e-3
-    )
-
-
-def test_more_processes_than_clips_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "processes", lambda: (0, 5))
-    with pytest.raises(SystemExit):
-        train.main(["--batch-size", "8", "--out", str(tmp_path)])
-    assert "5 processes cannot share 4 clips of a batch" in capsys.readouterr().err
+def test_more_processes_than_rows_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "processes", lambda: (0, 7))
+    data = two_view(tmp_path / "data.npz")
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--dataset", "features", "--data", str(data), "--batch-size", "6", "--device", "cpu"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and "7 processes" in said
 
 
 if __name__ == "__main__":
-    distributed.init_process_group("gloo")
-    same_gradients_as_one_process(ResNet18, (1, 20, 24))
-    same_gradients_as_one_process(R3D18, (3, 4, 20, 16))
-    every_clip_once()
-    print("as one")
-    gc.collect()  # as train.main does
-    distributed.destroy_process_group()
+    leave, distributed.destroy_process_group = distributed.destroy_process_group, lambda: None
+    train.main(sys.argv[1:])
+    the_same_gradients_as_one_process()
+    print("as one")  # the first process alone prints
+    leave()

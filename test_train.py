@@ -12,10 +12,13 @@ import re
 import resource
 import runpy
 import shutil
+import signal
 import sys
+import tempfile
 import threading
 import time
 from argparse import Namespace
+from multiprocessing import connection
 from pathlib import Path
 
 import numpy as np
@@ -50,16 +53,16 @@ def run(capsys, *argv):
     return capsys.readouterr().out
 
 
-def as_script(argv, folder, limit, writer, stdout):
+def as_script(argv, folder, limit, said, stdout):
     """What `go` runs. torch is imported already, in the process that this one is a fork of."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     for stream in (1, 2) if stdout else (2,):
-        os.dup2(writer.fileno(), stream)
-    writer.close()
+        os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND), stream)
     os.chdir(folder)
-    if limit is not None:
+    if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # as it is in a process from a shell
     sys.argv = ["train.py", *argv]
     try:
         runpy.run_path(train.__file__, run_name="__main__")
@@ -72,33 +75,24 @@ CONTEXT, LOCK = multiprocessing.get_context("forkserver"), threading.Lock()
 CONTEXT.set_forkserver_preload(["torch._dynamo", __name__])
 
 
-def go(*argv, folder=".", send=None, after=0, limit=None, stdout=False):
+def go(*argv, folder=".", send=None, after=60, limit=None, stdout=False):
     """Run train.py. -> exit code, what it said on stderr (stdout=True: or on stdout), seconds.
 
     send   a signal that it gets after so many seconds
     limit  the size of the largest file that it may write, in bytes
     """
-    reader, writer = CONTEXT.Pipe(duplex=False)
-    job = ([str(a) for a in argv], str(folder), limit, writer, stdout)
-    with LOCK:
-        process = CONTEXT.Process(target=as_script, args=job)
-        process.start()
-    writer.close()
-    start = time.monotonic()
-    timers = [threading.Timer(60, process.kill)]
-    if send:
-        timers.append(threading.Timer(after, os.kill, (process.pid, send)))
-    for timer in timers:
-        timer.start()
-    with open(reader.fileno(), closefd=False, errors="replace") as pipe:
-        said = pipe.read()
-    seconds = time.monotonic() - start
-    for timer in timers:
-        timer.cancel()
-        timer.join()
-    with LOCK:
-        process.join()
-    return Namespace(code=process.exitcode, said=said, seconds=seconds)
+    with tempfile.NamedTemporaryFile() as said:
+        job = ([str(a) for a in argv], str(folder), limit, said.name, stdout)
+        process, start = CONTEXT.Process(target=as_script, args=job), time.monotonic()
+        with LOCK:
+            process.start()
+        if not connection.wait([process.sentinel], after):
+            os.kill(process.pid, send or signal.SIGKILL)
+        connection.wait([process.sentinel])
+        with LOCK:
+            process.join()
+        seconds, text = time.monotonic() - start, said.read().decode(errors="replace")
+    return Namespace(code=process.exitcode, said=text, seconds=seconds)
 
 
 def one_line(done, code=2):
