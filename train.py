@@ -220,7 +220,8 @@ def load(run, name, needed=False):
     theirs = saved.get("origin", {}) if saved else mine
     differ = [key for key in mine if theirs.get(key) != mine[key]]
     if differ:
-        pairs = [f"{key} ({theirs.get(key)}, now {mine[key]})" for key in differ]
+        flags = [f"--{key.replace('_', '-')}" for key in differ]
+        pairs = [f"{flag} ({theirs.get(key)}, now {mine[key]})" for flag, key in zip(flags, differ)]
         refuse(f"{path} is of a run with other {', '.join(pairs)}; use another --out")
     return saved
 
@@ -719,7 +720,7 @@ def draw(run, history):
     if shown:
         _, axes = pyplot.subplots(1, 2, figsize=(8, 4))
         for axis, (title, z) in zip(axes, shown.items()):
-            axis.imshow(mtpkdot.similarity(z), vmin=-1, vmax=1, cmap="RdBu_r")
+            axis.imshow(mtpkdot.similarity(z).numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
             axis.set_title(f"cosine similarity, {title}")
         pyplot.savefig(run.out / "similarity.png")
     pyplot.close("all")
