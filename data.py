@@ -381,6 +381,7 @@ def read_wav(path):
         raise DataError(f"{path}: holds no sound, or none of 1 to 400 kHz ({found})")
     return rate, samples
 
+
 @functools.cache  # every clip needs them
 def mel_filters(bands=64, n_fft=1024, rate=SAMPLE_RATE):
     """Triangular filters (bands, n_fft / 2 + 1), even on the mel scale 2595 log10(1 + f / 700)."""

@@ -246,7 +246,7 @@ class Fusion(nn.Module):
     in each modality, then cross-attention both ways, queries from one, keys and values from the
     other; a gate mixes the two. Source: released code. Each modality is a sequence of one step, and
     attention stays within a clip (ours: the released self-attention, with batch_first at its
-    default, mixes the clips of a batch).
+    default, mixes the clips of a batch). Over one step every attention weight is 1.
     """
 
     def __init__(self, dim, outputs, heads=2):

@@ -67,6 +67,7 @@ def refuse(message):
 
 # ---- options ------------------------------------------------------------------------------------
 
+
 def options(argv=None):
     """The arguments, checked and completed. args.groups[stage] names those that a stage adds."""
     how = {"allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
@@ -100,7 +101,7 @@ def options(argv=None):
     add("epochs", None, "of every network, in the place of --updates and --epochs-...", int)
     add("student", None, "eval: file of the student", Path)
     add("predictions", None, "eval: .csv file for what it predicts for each clip", Path)
-    add("device", (["cpu", "cuda"][torch.cuda.is_available()], "cpu", "cuda"), "where networks are")
+    add("device", ("auto", "cpu", "cuda"), "auto is cuda where there is one")
     add("workers", min(8, os.cpu_count() or 1), "processes that read raw data", least=0)
     section = parser.add_argument_group("data")
     add("dataset", (None, *DATASETS), "None is synthetic; eval: the student's")
@@ -156,6 +157,8 @@ def options(argv=None):
         refuse(f"argument --dim: {args.dim} is odd, and two attention heads share it")
     if args.device == "cuda" and not torch.cuda.is_available():
         refuse("argument --device: this machine has no CUDA device; use --device cpu")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.groups, args.levels = groups, args.levels.split(",")
     args.dataset = args.dataset or ("synthetic" if args.stage != "eval" else None)
     args.out = args.out or Path("runs") / str(args.dataset)
@@ -422,10 +425,12 @@ def embeddings(run):
     both = []
     for view in VIEWS:
         source, name = getattr(run.data, view), f"teachers_{view}_embedding"
-        if load(run, name) is None:
+        saved = load(run, name)
+        if saved is None:
             encoder, rows = single(run, view, f"teachers_{view}").encoder, torch.arange(len(source))
-            save(run, name, {"z": predict(run, encoder, source, rows)[0]})
-        both.append(load(run, name)["z"])
+            saved = {"z": predict(run, encoder, source, rows)[0]}
+            save(run, name, saved)
+        both.append(saved["z"])
     return torch.stack(both, dim=1)
 
 
@@ -572,7 +577,7 @@ def evaluate(args):
     saved, network = read(args.student, lambda saved: (saved, models.load_student(saved)))
     names, args.levels = saved["names"], saved["origin"]["levels"]
     args.dataset, args.place = args.dataset or saved["origin"]["dataset"], args.student
-    args.data = data = datasets.load(args, need_privileged=False, need_label=not args.predictions)
+    data = datasets.load(args, need_privileged=False, need_label=not args.predictions)
     theirs, mine = list(data.visual.shape[1:]), saved["input_shape"]
     if theirs != mine:
         refuse(f"{args.student} is for input shape {mine}; the data has {theirs}")
@@ -583,7 +588,7 @@ def evaluate(args):
     kind = "validation rows of its own data" if own else "rows, all, as they are not its own data"
     print(f"{args.student}: {len(rows)} {kind}")
     prediction = predict(args, network.to(args.device), data.visual, rows)[1]
-    if args.predictions:
+    if args.predictions and processes()[0] == 0:
         classes = saved["task"] == "classification"
         columns = prediction.softmax(1) if classes else prediction
         header = ["prediction", *(f"p_{name}" for name in names)] if classes else names
@@ -749,8 +754,10 @@ def train_all(args):
             run.label, run.place = lambda rows: data.label[rows].to(args.device), "a saved network"
             if min(len(train), len(choose), len(val), args.batch_size) < 2 * processes()[1]:
                 refuse(f"fold {number} or a batch has too few rows for {processes()[1]} processes")
-            for path in sorted(run.folder.glob("student*.pt")) + sorted(run.folder.glob("*.pt")):
-                load(run, path.stem)  # a folder of another run is refused before anything is made
+            # A folder of another run is refused before anything is made.
+            files = sorted(run.folder.glob("student*.pt")) + sorted(run.folder.glob("*.pt"))
+            for name in [path.stem for path in files if "embedding" not in path.stem]:
+                load(run, name)
             if args.fold in (None, number):
                 teachers(run) if "teachers" in todo else None
                 align(run) if "align" in todo else None
@@ -782,7 +789,7 @@ def main(argv=None):
         if count > 1 and args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if rank > 0:
-            sys.stdout = sys.stderr = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w")
         evaluate(args) if args.stage == "eval" else train_all(args)
     except (datasets.DataError, OSError) as error:
         text = str(error)
@@ -790,7 +797,7 @@ def main(argv=None):
             text = f"{error.filename or 'output'}: {error.strerror}; what was saved before stays"
         # A reading process's comes with its stack trace, whose last line is the message.
         text = text.rstrip().split("\n")[-1].removeprefix("data.DataError: ")
-        print(f"train.py: {text}", file=sys.stderr)
+        print(f"train.py: {text}", file=sys.stderr if rank == 0 else sys.stdout)
         sys.exit(2)
     if count > 1:
         distributed.destroy_process_group()
