@@ -359,7 +359,7 @@ def _finite(values, path):
 
 
 def read_wav(path):
-    """(samples a second, samples (n,) or (n, channels)) of a wav file, memory-mapped if possible."""
+    """(samples a second, samples (n,) or (n, channels)) of a wav file, mapped if possible."""
     try:
         with open(path, "rb") as file:
             promised = int.from_bytes(file.read(8)[4:], "little") + 8

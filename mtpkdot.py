@@ -6,8 +6,7 @@ chosen for the batch, z_s the student's; S(z) holds the cosine similarities of t
 
     stage 1, teachers   task_loss (ccc, cross-entropy)   tnet_loss (mmd)
     stage 2, align      alignment_loss   align_stage_loss
-    stage 3, student    choose_teacher   similarity   anchors   ot_loss   centroid_loss
-                        student_loss
+    stage 3, student    choose_teacher  similarity  anchors  ot_loss  centroid_loss  student_loss
     a baseline          relational
 
 Each docstring names its source: the paper's abstract, the authors' released code, or our choice.
@@ -100,7 +99,7 @@ def align_stage_loss(align, task_joint, task_visual, task_privileged, w_align=0.
 
 
 def choose_teacher(losses):
-    """Index of the teacher of least task loss on the batch; a tensor, so that the host need not wait.
+    """Index of the teacher of least task loss on the batch, as a tensor: the host need not wait.
 
     losses (n,), one for each of TEACHERS. Of equal ones the first, the joint teacher, wins. Falling
     back on the joint teacher is what avoids negative transfer. Source: abstract; per batch, as in
@@ -165,8 +164,9 @@ def student_loss(weights, prediction, label, z_s, z_t, **transport):
 
     prediction (B, K) and z_s (B, D) are the student's; z_t (B, D) is the chosen teacher's and gets
     no gradient; `transport` goes to ot_loss. Returns a dict of scalars: "loss", and each term
-    unweighted. Source: in the released code MT-PKDOT is 0.8 task + 0.2 ot + 0.2 centroid, and its
-    single-teacher ancestor PKDOT task + 0.6 ot, to the joint teacher. train.py has our weights.
+    unweighted. Source: the released MT-PKDOT is 0.8 task + 0.2 ot, with + 0.2 centroid commented
+    out; its single-teacher ancestor PKDOT is task + 0.6 ot, to the joint teacher. train.py has our
+    weights.
     """
     z_t = z_t.detach()
     S_t, S_s = similarity(z_t), similarity(z_s)

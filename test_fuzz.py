@@ -124,23 +124,27 @@ def kinds(tmp_path_factory):
     evaluate += ["--data", "HERE/data.npz", "--predictions", "HERE/p.csv"]
     npz = ("data.npz", [*BYTES, arrays, arrays, arrays, huge])
     made = {
-        "features": (60, root / "run", [npz], [*features, "--stage", "teachers", "--out", "HERE/new"]),
-        "run": (40, root / "run", [("out/fold0/*.pt", BYTES)], features),
-        "student": (40, root / "run", [("out/*/student*", [*BYTES, *[entries] * 4]), npz], evaluate),
+        "features": (70, root / "run", [npz], [*features, "--stage", "teachers", "--out", "HERE/new"]),
+        "run": (45, root / "run", [("out/fold0/*.pt", BYTES)], features),
+        "student": (45, root / "run", [("out/*/student*", [*BYTES, *[entries] * 4]), npz], evaluate),
     }
     try:
-        from test_raw import biovid_tree, sound, video, walk
+        from test_raw import affwild2_tree, biovid_tree
     except pytest.skip.Exception:
         return made  # without Pillow
-    for i, part in enumerate(["Train_Set", "Train_Set", "Validation_Set"]):
-        video(root / "affwild2", part, f"{i}", walk(12, i))
-        sound(root / "affwild2", f"{i}", 1.1, dtype=[np.int16, np.float32, np.uint8][i])
-    biovid_tree(root / "biovid", people=4, clips=1, levels=("BL1", "PA4"))
-    raw = [*BASE, "--stage", "teachers", "--out", "HERE/new", "--data", "HERE", "--dataset"]
-    trees = [("**/*.jpg", BYTES), ("**/*.wav", BYTES), ("annotations/*/*.txt", [*BYTES, text, text])]
-    made["affwild2"] = (30, root / "affwild2", trees, [*raw, "affwild2", "--clip-stride", 6])
-    trees = [("**/*.jpg", BYTES), ("**/*.csv", [*BYTES, text, text])]
-    made["biovid"] = (30, root / "biovid", trees, [*raw, "biovid", "--folds", 2, "--fold", 0])
+    affwild2_tree(root / "affwild2")
+    for path in (root / "affwild2/annotations").glob("*/*.txt"):
+        if path.stem not in ("1-30-1280x720", "été.v2"):
+            path.unlink()
+    biovid_tree(root / "biovid", people=2, clips=1, levels=("BL1", "PA4"))
+    raw = [*BASE, "--select", "val", "--stage", "teachers", "--out", "HERE/new", "--data", "HERE"]
+    trees = [("cropped_aligned/[1é]*/*.jpg", BYTES), ("audio/[1é]*.wav", BYTES)]
+    trees += [("annotations/*/*.txt", [*BYTES, text, text])]
+    argv = [*raw, "--dataset", "affwild2", "--clip-stride", 9]
+    made["affwild2"] = (20, root / "affwild2", trees, argv)
+    trees = [("frames/**/*.jpg", BYTES), ("**/*.csv", [*BYTES, text, text])]
+    argv = [*raw, "--dataset", "biovid", "--folds", 2, "--fold", 0]
+    made["biovid"] = (20, root / "biovid", trees, argv)
     return made
 
 
@@ -170,6 +174,6 @@ def test_damaged_input_is_success_or_one_line(kinds, tmp_path):
         some = [done for done in answers if done.case[1] == kind]
         refused, seconds = sum(done.code == 2 for done in some), sum(done.seconds for done in some)
         print(f"{kind}: {len(some)}, {refused} refused, {seconds / len(some):.2f} s each")
-        assert refused > 0  # the damage is done, and is seen
-    bad = [done for done in answers if not done.good]
+        assert 0 < refused < len(some) or COUNT < 200  # the damage is seen, and is all that is wrong
+    bad = [(done.case, done.said[-600:]) for done in answers if not done.good]
     assert not bad, "\n".join(map(str, bad[:10]))

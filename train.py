@@ -574,22 +574,27 @@ def student(run, method):
 
 def evaluate(args):
     """Score a saved student on visual input, and write what it predicts."""
-    saved, network = read(args.student, lambda saved: (saved, models.load_student(saved)))
-    names, args.levels = saved["names"], saved["origin"]["levels"]
-    args.dataset, args.place = args.dataset or saved["origin"]["dataset"], args.student
+
+    def opened(saved):
+        args.dataset = args.dataset or saved["origin"]["dataset"]
+        args.levels, args.place = saved["origin"]["levels"], args.student
+        keys = ("names", "task", "input_shape", "val", "trained_on")
+        return models.load_student(saved), *(saved[key] for key in keys)
+
+    network, names, task, mine, val, trained_on = read(args.student, opened)
     data = datasets.load(args, need_privileged=False, need_label=not args.predictions)
-    theirs, mine = list(data.visual.shape[1:]), saved["input_shape"]
+    theirs = list(data.visual.shape[1:])
     if theirs != mine:
         refuse(f"{args.student} is for input shape {mine}; the data has {theirs}")
 
     # On the data that it was trained with, only the validation rows say something.
-    own = datasets.digest(data.visual) == saved["trained_on"]
-    rows = saved["val"] if own else torch.arange(len(data.visual))
+    own = datasets.digest(data.visual) == trained_on
+    rows = val if own else torch.arange(len(data.visual))
     kind = "validation rows of its own data" if own else "rows, all, as they are not its own data"
     print(f"{args.student}: {len(rows)} {kind}")
     prediction = predict(args, network.to(args.device), data.visual, rows)[1]
     if args.predictions and processes()[0] == 0:
-        classes = saved["task"] == "classification"
+        classes = task == "classification"
         columns = prediction.softmax(1) if classes else prediction
         header = ["prediction", *(f"p_{name}" for name in names)] if classes else names
         name_of = str if torch.is_tensor(data.visual) else data.visual.name
@@ -601,9 +606,9 @@ def evaluate(args):
                 lines.writerow([name_of(row), *chosen, *values])
         print(f"Predictions saved in {args.predictions}.")
     if data.label is not None:
-        if data.task != saved["task"] or not set(data.names) <= set(names):
-            known = f"{saved['task']} of {names}"
-            refuse(f"{args.student} knows {known}; the data is {data.task} of {data.names}")
+        if data.task != task or not set(data.names) <= set(names):
+            theirs = f"{data.task} of {data.names}"
+            refuse(f"{args.student} knows {task} of {names}; the data is {theirs}")
         columns = torch.tensor([names.index(name) for name in data.names])
         if data.task == "classification":
             data, columns = data._replace(label=columns[data.label]), slice(None)
@@ -780,7 +785,7 @@ def train_all(args):
 
 
 def main(argv=None):
-    warnings.formatwarning = lambda message, *_: f"train.py: {message}\n"
+    warnings.showwarning = lambda message, *_: print(f"Warning: {message}", flush=True)
     rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         args = options(argv)
