@@ -578,10 +578,10 @@ def evaluate(args):
     def opened(saved):
         args.dataset = args.dataset or saved["origin"]["dataset"]
         args.levels, args.place = saved["origin"]["levels"], args.student
-        keys = ("names", "task", "input_shape", "val", "trained_on")
-        return models.load_student(saved), *(saved[key] for key in keys)
+        about = (saved[key] for key in ("names", "task", "input_shape", "trained_on"))
+        return models.load_student(saved), saved["val"].long(), *about
 
-    network, names, task, mine, val, trained_on = read(args.student, opened)
+    network, val, names, task, mine, trained_on = read(args.student, opened)
     data = datasets.load(args, need_privileged=False, need_label=not args.predictions)
     theirs = list(data.visual.shape[1:])
     if theirs != mine:
