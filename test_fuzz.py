@@ -1,12 +1,11 @@
-"""Damaged input of every kind: success, or one clear line and exit code 2; never a trace, ten seconds
-or 2 GiB. The inputs are the same every time; FUZZ=3000 python -m pytest test_fuzz.py feeds new ones."""
+"""Damaged input ends in success or in one line and exit code 2, within ten seconds and 2 GiB.
+
+The inputs are the same every time; FUZZ=3000 python -m pytest test_fuzz.py feeds new ones."""
 
 import io
 import os
 import random
 import shutil
-import struct
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -19,29 +18,27 @@ BASE = ["--epochs", 1, "--dim", 4, "--width", 1, "--device", "cpu", "--workers",
 FOREIGN = [b"", b"\x89PNG\r\n", b"RIFF\xff\xff\xff\xffWAVE", b"PK\x03\x04", b"\x93NUMPY", b"a,b\n"]
 AWKWARD = [np.nan, -np.inf, -1, 2**62, 1e300, "x", True, None, 1j]
 CELLS = ["nan", "1e400", "-5", "", "x", "2", "\0", "é", "9" * 5000, "1\t1", "1,1", "\n"]
-SHAPES = ["(9000000000,)", "(100000, 100000)", "(60, 99999999999999999999)", "(-1, 6)"]
+SHAPES = [b"(9000000000,), }", b"(99999, 99999), }", b"(6, 9999999999999999999), }", b"(-1, 6), }"]
 
 
 def damaged(chance, good):
     """Bytes cut off, flipped, of another kind of file, or large where sizes stand."""
-    start, size = chance.randrange(min(300, len(good) - 8)), chance.choice([4, 8])
-    sizes = chance.choice([b"\xff", b"\x7f", b"\0"]) * size
+    start, cut = chance.randrange(min(300, len(good) - 8)), chance.randrange(len(good))
+    large = good[:start] + chance.choice([b"\xff", b"\x7f", b"\0"]) * 8 + good[start + 8 :]
     flipped = bytearray(good)
     for _ in range(chance.choice([1, 3, 30])):
         flipped[chance.randrange(len(good))] ^= 1 << chance.randrange(8)
     foreign = chance.choice(FOREIGN) + chance.randbytes(chance.randrange(5000))
-    cut, grown = good[: chance.randrange(len(good))], good[:start] + sizes + good[start + size :]
-    return chance.choice([cut, bytes(flipped), foreign, grown])
+    return chance.choice([good[:cut], bytes(flipped), foreign, large])
 
 
 def text(chance, good):
     """A table with one awkward cell."""
-    lines = good.decode().split("\n")
-    row, tab = chance.randrange(len(lines)), "\t" if b"\t" in good else ","
+    lines, tab = good.decode().split("\n"), "\t" if b"\t" in good else ","
+    row = chance.randrange(len(lines))
     cells = lines[row].split(tab)
     cells[chance.randrange(len(cells))] = chance.choice(CELLS)
-    lines[row] = tab.join(cells)
-    return "\n".join(lines).encode()
+    return "\n".join([*lines[:row], tab.join(cells), *lines[row + 1 :]]).encode()
 
 
 def arrays(chance, good):
@@ -49,7 +46,7 @@ def arrays(chance, good):
     found, file = dict(np.load(io.BytesIO(good))), io.BytesIO()
     name = chance.choice(list(found))
     array, kind = found.pop(name), chance.choice(["f2", "i1", "u8", "c8", "?", "O", ">f8", "S5"])
-    shapes = [array[:-1], array.reshape(-1), array[None], array[..., None], array[0], array[..., :0]]
+    shapes = [array[:-1], array.reshape(-1), array[None], array.T, array[0], array[..., :0]]
     awkward = np.array([chance.choice(AWKWARD)] * len(array), dtype=chance.choice([None, object]))
     one = array.astype(float)
     one.reshape(-1)[chance.randrange(one.size)] = chance.choice([np.nan, -np.inf, 1e300, 1e38])
@@ -60,13 +57,8 @@ def arrays(chance, good):
 
 def huge(chance, good):
     """A .npz of an array whose header promises what is not there."""
-    header = {"descr": "<f8", "fortran_order": False, "shape": 0}
-    header = str(header).replace("0}", chance.choice(SHAPES) + "}").ljust(117) + "\n"
-    content, file = b"\x93NUMPY\x01\0" + struct.pack("<H", 118) + header.encode() + bytes(5000), io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(good)) as old, zipfile.ZipFile(file, "w") as new:
-        for name in old.namelist():
-            new.writestr(name, content if name == "visual.npy" else old.read(name))
-    return file.getvalue()
+    shape = b"(60, 66), }" + b" " * 20
+    return good.replace(shape, chance.choice(SHAPES).ljust(len(shape)))
 
 
 def entries(chance, good):
@@ -83,44 +75,39 @@ def entries(chance, good):
 
 
 def kinds_of_input(root):
-    """[(how many, folder, [(files, damage)], arguments)]; HERE is a copy of the folder."""
+    """[(how many, folder, [(files, damage)], arguments, within a copy of the folder)]"""
     (root / "run").mkdir()
     two_view(root / "run/data.npz", n=60)
-    data = ["--data", "HERE/data.npz", "--device", "cpu"]
-    new = ["--stage", "teachers", "--out", "HERE/new"]
-    features = ["--dataset", "features", *data, "--folds", 2, *BASE, "--out", "HERE/out"]
-    done = go(*(str(a).replace("HERE", str(root / "run")) for a in features))
-    assert done.code == 0, done
-    student, npz = "out/fold0/student_mtpkdot.pt", [("data.npz", how) for how in (damaged, arrays, huge)]
-    evaluate = [*data, "--stage", "eval", "--student", f"HERE/{student}", "--predictions", "HERE/p.csv"]
+    argv = [*BASE, "--dataset", "features", "--data", "data.npz", "--folds", 2]
+    assert go(*argv, "--out", "out", folder=root / "run").code == 0
+    npz = [("data.npz", damage) for damage in (arrays, damaged, arrays, huge)]
+    student, new = "out/fold0/student_mtpkdot.pt", ["--stage", "teachers", "--out", "new"]
+    evaluate = [*argv, "--stage", "eval", "--student", student, "--predictions", "p.csv"]
     kinds = [
-        (70, root / "run", [*npz, npz[1]], [*features, *new]),
-        (40, root / "run", [("out/fold0/*.pt", damaged)], features),
+        (70, root / "run", npz, [*argv, *new]),
+        (40, root / "run", [("out/fold0/*.pt", damaged)], [*argv, "--out", "out"]),
         (50, root / "run", [(student, damaged), (student, entries), *npz[:2]], evaluate),
     ]
     try:
-        from test_raw import affwild2_tree, biovid_tree
+        import test_raw
     except BaseException:  # a skip, without Pillow
         return kinds
-    raw, train = [*BASE, "--select", "val", *new, "--data", "HERE"], "annotations/Train_Set/1*.txt"
-    affwild2_tree(root / "affwild2")
-    for path in (root / "affwild2/annotations").glob("*/*.txt"):
-        if path.name[0] not in "1é":  # one video to train on, one to score
-            path.unlink()
+    test_raw.affwild2_tree(root / "affwild2")
+    for path in (root / "affwild2/annotations").glob("*/[!1é]*.txt"):
+        path.unlink()  # one video to train on and one to score are left
+    test_raw.biovid_tree(root / "biovid", people=2, clips=1, levels=("BL1", "PA4"))
+    argv = [*BASE, "--select", "val", "--data", ".", *new, "--dataset"]
     files = [("cropped_aligned/[1é]*/*.jpg", damaged), ("audio/[1é]*", damaged)]
-    files += [(train, damaged), (train, text)]
-    argv = [*raw, "--dataset", "affwild2", "--clip-stride", 9]
-    kinds.append((20, root / "affwild2", files, argv))
-    biovid_tree(root / "biovid", people=2, clips=1, levels=("BL1", "PA4"))
-    files = [("**/*.jpg", damaged), ("**/*.csv", damaged), ("**/*.csv", text)]
-    return [*kinds, (20, root / "biovid", files, [*raw, "--dataset", "biovid", "--folds", 2])]
+    files += [("annotations/*/*", damaged), ("annotations/*/*", text)]
+    kinds.append((20, root / "affwild2", files, [*argv, "affwild2", "--clip-stride", 9]))
+    files = [("frames/*/*/*.jpg", damaged), ("**/*.csv", damaged), ("**/*.csv", text)]
+    return [*kinds, (20, root / "biovid", files, [*argv, "biovid", "--folds", 2])]
 
 
 def test_damaged_input_is_success_or_one_line(tmp_path):
     seed = random.randrange(2**32) if "FUZZ" in os.environ else 0
     print("seed", seed)
-    kinds = kinds_of_input(tmp_path)
-    cases = [kind for kind in kinds for _ in range(kind[0] * COUNT // 200)]
+    cases = [kind for kind in kinds_of_input(tmp_path) for _ in range(kind[0] * COUNT // 200)]
 
     def fed(i):
         chance, (_, folder, files, argv) = random.Random(seed + i), cases[i]
@@ -128,17 +115,16 @@ def test_damaged_input_is_success_or_one_line(tmp_path):
         pattern, damage = chance.choice(files)
         path = chance.choice(sorted(copy.glob(pattern)))
         path.write_bytes(damage(chance, path.read_bytes()))
-        done = go(*(str(a).replace("HERE", str(copy)) for a in argv), after=20)
+        done = go(*argv, folder=copy, after=10)
         shutil.rmtree(copy)
-        done.case, lines = (i, folder.name, path.name, damage.__name__), done.said.splitlines()
+        done.case, lines = (i, folder.name, path.name, damage.__name__), done.err.splitlines()
         done.good = done.code == 0 or (done.code == 2 and len(lines) == 1)
         done.good &= all(line.startswith("train.py: ") and len(line) < 1000 for line in lines)
-        done.good &= done.seconds < 10
         return done
 
     with ThreadPoolExecutor(2) as pool:
         answers = list(pool.map(fed, range(len(cases))))
-    bad = [(done.case, done.code, done.said[-500:]) for done in answers if not done.good]
+    bad = [(done.case, done.code, done.err[-500:]) for done in answers if not done.good]
     assert not bad, "\n".join(map(str, bad[:10]))
     for name in ("run", "affwild2", "biovid"):  # the damage is seen, and is all that is wrong
         codes = {done.code for done in answers if done.case[1] == name}

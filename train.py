@@ -47,7 +47,7 @@ import mtpkdot
 VIEWS = ("visual", "privileged")
 STAGES = ("teachers", "align", "student")
 DATASETS = {  # and the defaults that depend on the data set
-    "synthetic": {"dim": 128, "width": 4},
+    "synthetic": {"dim": 128, "width": 4, "updates": 100},
     "features": {"dim": 128, "epochs_backbone": 100},
     "affwild2": {"data": "data/affwild2"},
     "biovid": {"data": "data/biovid"},
