@@ -182,16 +182,21 @@ def test_history_has_as_many_epochs_of_each_network_and_losses_add_up(finished):
 def test_regression_on_one_split_with_and_without_pictures(tmp_path):
     split = np.where(np.arange(96) < 64, "train", "val")
     path = two_view(tmp_path / "d.npz", regression=True, split=split)
-    argv = ["--dataset", "features", "--data", path, "--out", tmp_path, "--method", "task"]
-    printed = run(*argv)  # one fold, one student: no standard error, nothing to compare
+    argv = ["--dataset", "features", "--data", path, "--method", "task", "--out"]
+    printed = run(*argv, tmp_path)  # one fold, one student: no standard error, nothing to compare
     line, got = printed.split("\nstudent task")[1], results(tmp_path)
     assert "±" not in line and "[" not in line and got["stderr"]["joint"]["mean"] is None
     column = got["mean"]["students"]["task"]
     assert column["mean"] == pytest.approx((column["valence"] + column["arousal"]) / 2)
     assert got["metric"] == "ccc" and f"{column['valence']:.3f}/{column['arousal']:.3f}" in line
+    losses = []
+    for seed in (0, 1):  # the same rows, other weights and batches
+        run(*argv, tmp_path / f"{seed}", "--seed", seed, "--select", "val")
+        losses.append({row["loss"] for row in table(tmp_path / f"{seed}/history.csv")})
+    assert not losses[0] & losses[1]
     assert printed.count("No pictures") == 1 and not list(tmp_path.glob("*.png"))
     pytest.importorskip("matplotlib")
-    assert "No pictures" not in run(*argv, pictures=True)
+    assert "No pictures" not in run(*argv, tmp_path, pictures=True)
     for name in ("history", "similarity"):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
