@@ -550,11 +550,13 @@ def student(run, method):
 
     # Its loss on a batch: pick the teacher, then add up the terms.
     def loss_of(rows, z_s, prediction):
-        label, theirs = run.label(rows), predictions[rows].to(run.device)
-        losses = torch.stack([mtpkdot.task_loss(said, label) for said in theirs.unbind(1)])
-        chosen = mtpkdot.choose_teacher(losses)
-        if teacher != "least loss":
-            chosen = torch.full_like(chosen, mtpkdot.TEACHERS.index(teacher))
+        label = run.label(rows)
+        if teacher == "least loss":
+            theirs = predictions[rows].to(run.device).unbind(1)
+            losses = torch.stack([mtpkdot.task_loss(said, label) for said in theirs])
+            chosen = mtpkdot.choose_teacher(losses)
+        else:
+            chosen = torch.tensor(mtpkdot.TEACHERS.index(teacher), device=run.device)
         z_t = z_teachers[rows].to(run.device).index_select(1, chosen.view(1)).squeeze(1)
         terms = mtpkdot.student_loss(weights, prediction, label, z_s, z_t, **transport)
         return {**terms, **{name: chosen == i for i, name in enumerate(mtpkdot.TEACHERS)}}
@@ -777,7 +779,7 @@ def train_all(args):
         lines.writeheader()
         lines.writerows(history)
         write(run.out / "history.csv", file.getvalue().encode())
-        for folder, scored in ((run.out, reports), (args.out, every)):
+        for folder, scored in {run.out: reports, args.out: every}.items():
             text = json.dumps(result := summary(args, data, scored), indent=2)
             write(folder / "results.json", f"{text}\n".encode())
         draw(last, history)
