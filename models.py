@@ -24,14 +24,15 @@ DIM = 512
 class Encoder(nn.Module):
     """Feature vector (B, inputs) -> (B, dim): standardise, then Linear-ReLU-Linear. Source: ours.
 
-    The mean and standard deviation are saved with the weights, so that a student takes raw vectors.
+    Mean and standard deviation are saved with the weights: a student takes raw vectors.
     """
 
-    def __init__(self, inputs, dim=DIM):
+    def __init__(self, inputs, dim=DIM, dropout=0.0):
         super().__init__()
         self.register_buffer("mean", torch.zeros(inputs))
         self.register_buffer("std", torch.ones(inputs))
-        self.layers = nn.Sequential(nn.Linear(inputs, dim), nn.ReLU(), nn.Linear(dim, dim))
+        first, last = nn.Linear(inputs, dim), nn.Linear(dim, dim)
+        self.layers = nn.Sequential(first, nn.ReLU(), nn.Dropout(dropout), last)
 
     def fit_standardisation(self, x):
         """Take both from the training rows x (N, inputs); a constant input is only centred."""
@@ -169,14 +170,13 @@ def load_published(network, published):
     network.load_state_dict(published, strict=False)
 
 
-def backbone(shape, dim=DIM, width=64, bfloat16=False):
+def backbone(shape, dim=DIM, width=64, bfloat16=False, dropout=0.0):
     """An untrained backbone for a vector (F,), a clip (3, T, H, W) or a spectrogram (1, H, W).
 
-    `shape` is one input's, without the batch; `width` and `bfloat16` are for the 18-layer networks.
-    Source: released code, but for vectors.
+    `width` and `bfloat16` are for the 18-layer networks, `dropout` is for vectors, which are ours.
     """
     if len(shape) == 1:
-        return Encoder(shape[0], dim)
+        return Encoder(shape[0], dim, dropout)
     return R3D18(dim, width, bfloat16) if len(shape) == 4 else ResNet18(dim, width, bfloat16)
 
 
@@ -249,8 +249,9 @@ class Fusion(nn.Module):
     default, mixes the clips of a batch). Over one step every attention weight is 1.
     """
 
-    def __init__(self, dim, outputs, heads=2):
+    def __init__(self, dim, outputs, dropout=0.0, heads=2):
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.self_visual = SelfAttention(dim, heads)
         self.self_privileged = SelfAttention(dim, heads)
         self.cross_visual = nn.MultiheadAttention(dim, heads, batch_first=True)
@@ -259,6 +260,7 @@ class Fusion(nn.Module):
         self.head = nn.Linear(dim, outputs)
 
     def forward(self, z):
+        z = self.dropout(z)
         v, p = self.self_visual(z[:, :1]), self.self_privileged(z[:, 1:])
         c_v = self.cross_visual(v, p, p, need_weights=False)[0].squeeze(1)
         c_p = self.cross_privileged(p, v, v, need_weights=False)[0].squeeze(1)
@@ -274,9 +276,9 @@ class Teachers(nn.Module):
     single teacher is a head on its embedding, as in stage 1. Source: released code.
     """
 
-    def __init__(self, dim, outputs, adapters=True):
+    def __init__(self, dim, outputs, dropout=0.0, adapters=True):
         super().__init__()
-        self.joint = Fusion(dim, outputs)
+        self.joint = Fusion(dim, outputs, dropout)
         kind = Adapter if adapters else nn.Identity
         self.adapters = nn.ModuleDict({"visual": kind(dim), "privileged": kind(dim)})
         self.heads = nn.ModuleDict({view: nn.Linear(dim, outputs) for view in self.adapters})

@@ -7,7 +7,7 @@ chosen for the batch, z_s the student's; S(z) holds the cosine similarities of t
     stage 1, teachers   task_loss (ccc, cross-entropy)   tnet_loss (mmd)
     stage 2, align      alignment_loss   align_stage_loss
     stage 3, student    choose_teacher  similarity  anchors  ot_loss  centroid_loss  student_loss
-    a baseline          relational
+    baselines           relational  logit_distillation
 
 Each docstring names its source: the paper's abstract, the authors' released code, or our choice.
 """
@@ -65,8 +65,7 @@ def mmd(x, y, kernels=5):
 def tnet_loss(hallucinated, z_p, kind="mse"):
     """Distance of T-Net's output to the privileged embedding, (B, D) each; kind is "mse" or "mmd".
 
-    MSE compares row with row; MMD compares two clouds and forgets which row belongs to which.
-    Source: released code has both.
+    MMD compares two clouds and forgets which row belongs to which. Source: released code has both.
     """
     return F.mse_loss(hallucinated, z_p) if kind == "mse" else mmd(hallucinated, z_p)
 
@@ -99,11 +98,10 @@ def align_stage_loss(align, task_joint, task_visual, task_privileged, w_align=0.
 
 
 def choose_teacher(losses):
-    """Index of the teacher of least task loss on the batch, as a tensor: the host need not wait.
+    """Index, a tensor, of the least of the losses (n,) on the batch, in the order of TEACHERS.
 
-    losses (n,), one for each of TEACHERS. Of equal ones the first, the joint teacher, wins. Falling
-    back on the joint teacher is what avoids negative transfer. Source: abstract; per batch, as in
-    the released code.
+    Of equal ones the first, the joint teacher, wins: to fall back on it is what avoids negative
+    transfer. Source: abstract; per batch, as in the released code.
     """
     return losses.argmin()
 
@@ -154,44 +152,42 @@ def centroid_loss(S_t, S_s):
     return torch.linalg.vector_norm(S_t.mean(0) - S_s.mean(0))
 
 
-def student_loss(weights, prediction, label, z_s, z_t, **transport):
+def student_loss(weights, prediction, label, z_s, z_t, prediction_t, **transport):
     """The loss of a student: the weighted sum of the terms that `weights` names, {term: weight}.
 
     task       the loss of the task itself
     ot         optimal transport between the anchor similarities of z_t and of z_s
     centroid   distance between the centroids of S(z_t) and of S(z_s)
     mse, cosine, rkd   mean squared error, cosine distance, relational distillation of z_s and z_t
+    kd         distillation of the predictions
 
-    prediction (B, K) and z_s (B, D) are the student's; z_t (B, D) is the chosen teacher's and gets
-    no gradient; `transport` goes to ot_loss. Returns a dict of scalars: "loss", and each term
-    unweighted. Source: the released MT-PKDOT is 0.8 task + 0.2 ot, with + 0.2 centroid commented
-    out; its single-teacher ancestor PKDOT is task + 0.6 ot, to the joint teacher. train.py has our
-    weights.
+    prediction (B, K) and z_s (B, D) are the student's; prediction_t and z_t the chosen teacher's,
+    which get no gradient; `transport` goes to ot_loss. Returns a dict of scalars: "loss", and each
+    term unweighted. Source: released code, 0.8 task + 0.2 ot, + 0.2 centroid commented out.
     """
-    z_t = z_t.detach()
-    S_t, S_s = similarity(z_t), similarity(z_s)
+    z_t, prediction_t = z_t.detach(), prediction_t.detach()
     compute = {
         "task": lambda: task_loss(prediction, label),
-        "ot": lambda: ot_loss(S_t, S_s, **transport),
-        "centroid": lambda: centroid_loss(S_t, S_s),
+        "ot": lambda: ot_loss(similarity(z_t), similarity(z_s), **transport),
+        "centroid": lambda: centroid_loss(similarity(z_t), similarity(z_s)),
         "mse": lambda: F.mse_loss(z_s, z_t),
         "cosine": lambda: cosine_distance(z_s, z_t),
         "rkd": lambda: relational(z_s, z_t),
+        "kd": lambda: logit_distillation(prediction, prediction_t, label),
     }
     terms = {name: compute[name]() for name in weights}
     return {"loss": sum(weights[name] * term for name, term in terms.items()), **terms}
 
 
-# ---- a distillation it is compared with ---------------------------------------------------------
+# ---- distillations it is compared with ----------------------------------------------------------
 
 
 def relational(z_s, z_t, vertices=16):
     """Relational distillation, (B, D) and (B, D) -> scalar. Source: Park et al. (2019).
 
     Huber distance between the student's and the teacher's distances of all pairs, each in units of
-    their mean, plus twice that between the cosines of the angles of triples. Of these only the ones
-    with one of the first `vertices` clips at the vertex are taken: a fair sample, if a batch is
-    shuffled (ours, for time).
+    their mean, plus twice that between the cosines of the angles of triples. The vertex of a triple
+    is one of the first `vertices` clips: a fair sample of a shuffled batch (ours, for time).
     """
     distances, angles = [], []
     for z in (z_s, z_t):
@@ -201,3 +197,14 @@ def relational(z_s, z_t, vertices=16):
         directions = gaps / d[:vertices].where(d[:vertices] > 0, 1).unsqueeze(-1)
         angles.append(directions @ directions.mT)
     return F.smooth_l1_loss(*distances) + 2 * F.smooth_l1_loss(*angles)
+
+
+def logit_distillation(prediction, prediction_t, label, temperature=4.0):
+    """Distance of predictions, (B, K) each -> scalar. Source: Hinton et al. (2015).
+
+    KL(teacher | student) of softened classes, times temperature squared; or mean squared error.
+    """
+    if label.dtype.is_floating_point:
+        return F.mse_loss(prediction, prediction_t)
+    student, teacher = (F.log_softmax(p / temperature, -1) for p in (prediction, prediction_t))
+    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)

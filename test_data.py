@@ -22,28 +22,17 @@ def written(tmp_path, **keys):
     return tmp_path / "f.npz"
 
 
-# ---- feature files ------------------------------------------------------------------------------
-
-
 def test_features_are_what_was_written(tmp_path):
     people, parts = np.repeat(list("abcd"), 10), np.repeat(["train", "val"], [30, 10])
     given = arrays(group=people, split=parts)
-    for split in (parts, parts.astype(bytes)):
-        data = features(written(tmp_path, group=people, split=split))
-        flat = given["privileged"].reshape(40, -1)
-        assert np.array_equal(data.visual.numpy(), given["visual"].astype(np.float32))
-        assert np.array_equal(data.privileged.numpy(), flat.astype(np.float32))
-        assert data.label.tolist() == given["label"].tolist() and data.names == [0, 1, 2, 3]
-        assert data.group.tolist() == np.repeat([0, 1, 2, 3], 10).tolist()
-        assert data.split.tolist() == [True] * 30 + [False] * 10
-        assert data.task == "classification"
-
-
-def test_classes_may_be_any_integers_and_views_any_numbers(tmp_path):
-    label, visual = np.array([7, -2] * 20), np.arange(40, dtype=np.uint8)
-    data = features(written(tmp_path, label=label, visual=visual))
+    data = features(written(tmp_path, group=people, split=parts))
+    assert np.array_equal(data.visual.numpy(), given["visual"].astype(np.float32))
+    assert np.array_equal(data.privileged.numpy(), given["privileged"].reshape(40, 6).astype("f4"))
+    assert data.label.tolist() == given["label"].tolist() and data.names == [0, 1, 2, 3]
+    assert data.group.tolist() == np.repeat([0, 1, 2, 3], 10).tolist()
+    assert data.split.tolist() == [True] * 30 + [False] * 10
+    data = features(written(tmp_path, label=np.array([7, -2] * 20), visual=np.arange(40)))
     assert data.names == [-2, 7] and data.label.tolist() == [1, 0] * 20
-    assert data.visual.flatten().tolist() == visual.tolist()
     assert data.visual.shape == (40, 1) and data.visual.dtype == torch.float32
 
 
@@ -59,9 +48,7 @@ def test_what_is_not_needed_may_be_missing_or_anything(tmp_path):
     path = written(tmp_path, privileged=None, label=None)
     data = features(path, need_privileged=False, need_label=False)
     assert data.privileged is None and data.label is None
-    path = written(tmp_path, privileged=None)
-    assert features(path, need_privileged=False).privileged is None
-    with pytest.raises(DataError, match=r"f.npz: no key privileged; it has label, visual"):
+    with pytest.raises(DataError, match="arrays visual, privileged, label"):
         features(path)
     objects = np.array([{}] * 40, dtype=object)
     path = written(tmp_path, privileged=objects, notes=objects[:1])
@@ -72,26 +59,20 @@ NAN, INF = np.ones((40, 5)), np.ones((40, 5))
 NAN[17, 3], INF[4, 0] = np.nan, 1e300  # infinite as a float32
 WORDS = ["train"] * 36 + ["val"] * 4
 BAD = [
-    ({"visual": None}, "no key visual"),
-    ({"label": None}, "no key label"),
-    ({"visual": np.ones((39, 5))}, "visual 39, label 40, privileged 40"),
-    ({"group": np.arange(3)}, "group 3"),
-    ({"visual": np.float64(3)}, "visual 0"),
+    ({"visual": None}, "'visual is not a file"),
+    ({"group": np.arange(3)}, "group must be .*N = 40, not int64 .3,"),
+    ({"visual": np.float64(3)}, "visual must be"),
     ({"visual": NAN}, "visual row 17 holds NaN"),
     ({"privileged": INF}, "privileged row 4 holds"),
-    ({"visual": np.ones((40, 0))}, "visual must hold numbers"),
-    ({"visual": np.array(["x"] * 40)}, "visual must hold numbers"),
-    ({"visual": np.ones((40, 5), dtype=complex)}, "visual must hold numbers"),
-    ({"visual": np.array([{}] * 40, dtype=object)}, "not a .npz file of plain arrays"),
+    ({"visual": np.ones((40, 0))}, "visual must be"),
+    ({"visual": np.ones((40, 5), dtype=complex)}, "visual must be"),
+    ({"visual": np.array([{}] * 40, dtype=object)}, "must be a .npz file of plain arrays"),
     ({"label": np.ones(40)}, r"label must be \(N,\) integers"),
-    ({"label": np.ones((40, 1), dtype=int)}, r"label must be \(N,\) integers"),
-    ({"label": np.array(["a"] * 40)}, r"label must be \(N,\) integers"),
     ({"label": np.full((40, 2), np.nan)}, "label row 0 holds NaN"),
     ({"group": np.ones(40)}, r"group must be \(N,\) integers or strings"),
-    ({"split": np.array(["train"] * 39 + ["test"])}, 'split row 39 is "test"'),
-    ({"split": np.array([b"tr\xe4in"] * 40)}, "split row 0 is"),
+    ({"split": np.array(["train"] * 39 + ["test"])}, "split row 39 holds"),
     ({"split": np.ones((40, 2))}, r"split must be \(N,\)"),
-    ({"group": np.arange(40) % 7, "split": np.array(WORDS)}, "group 1 is in both parts of split"),
+    ({"group": np.arange(40) % 7, "split": np.array(WORDS)}, "group row 36 holds a person who"),
 ]
 
 
@@ -103,34 +84,12 @@ def test_mistakes_in_a_file_are_named(tmp_path, keys, message):
     assert "f.npz" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_files_that_are_no_npz(tmp_path):
-    good = written(tmp_path).read_bytes()
-    np.save(tmp_path / "f.npy", np.ones(3))
-    array = (tmp_path / "f.npy").read_bytes()
-    zipped, table = b"PK\x03\x04 and then nothing", b"visual,label\n1,2\n"
-    for content in (b"", zipped, b"\x93NUMPY", array, table, good[: len(good) // 2]):
-        (tmp_path / "f.npz").write_bytes(content)
-        with pytest.raises(DataError, match="f.npz: not a .npz file"):
-            features(tmp_path / "f.npz")
-    with pytest.raises(DataError, match="a folder, not a file"):
-        features(tmp_path)
-    with pytest.raises(DataError, match="nowhere.npz: no such file"):
-        features(tmp_path / "nowhere.npz")
-
-
 def test_load_by_name():
     how = {"seed": 3, "clip_stride": 1, "levels": ["BL1", "PA4"], "signal": "gsr"}
     assert load(Namespace(dataset="synthetic", data=None, **how)).visual.equal(synthetic(3).visual)
-    for name, message in [
-        ("features", "--data FILE.npz"),
-        ("affwild2", "data/"),
-        ("biovid", "data/"),
-    ]:
+    for name, message in [("features", "--data FILE.npz"), ("affwild2", "data/affwild2: no")]:
         with pytest.raises(DataError, match=message):
             load(Namespace(dataset=name, data=None, **how))
-
-
-# ---- synthetic ----------------------------------------------------------------------------------
 
 
 def test_synthetic_is_people_in_time_within_the_range_of_the_labels():
@@ -140,30 +99,20 @@ def test_synthetic_is_people_in_time_within_the_range_of_the_labels():
     assert data.privileged.shape == (1440, 1, 32, 32) and data.privileged.dtype == torch.float32
     for person in range(60):
         assert len(set(data.split[data.group == person])) == 1
-    label = data.label.view(60, 24, 2)
-    assert float(label.abs().max()) <= 1
-    a_step, any_two = label.diff(dim=1).square().mean(), (label - label.flip(1)).square().mean()
-    assert a_step < any_two / 2  # it wanders, it does not jump
+    assert float(data.label.abs().max()) <= 1
     assert synthetic(0).visual.equal(data.visual) and not synthetic(1).visual.equal(data.visual)
 
 
 def test_synthetic_faces_smile_with_valence_and_the_voice_rises_with_arousal():
     data = synthetic(0)
     frames = data.visual[:, 0].float().mean(1)  # (N, 32, 32)
-    halves = [half.flatten(1) for half in frames.split(16, dim=1)]
-    eyes_hidden, mouth_hidden = [(half == half[:, :1]).all(1) for half in halves]
-    assert 0.05 < eyes_hidden.float().mean() < 0.3 and 0.05 < mouth_hidden.float().mean() < 0.3
-    seen = ~mouth_hidden
-    rows = frames[seen, 18:27].argmin(1).float()  # the darkest row of each column is the mouth's
+    rows = frames[:, 18:27].argmin(1).float()  # the darkest row of each column is the mouth's
     corners = rows[:, [9, 10, 21, 22]].mean(1)
     smile = rows[:, 14:18].mean(1) - corners  # how far they are above its middle
-    assert np.corrcoef(smile, data.label[seen, 0])[0, 1] > 0.7
+    assert np.corrcoef(smile, data.label[:, 0])[0, 1] > 0.7
     spectrum = data.privileged[:, 0].mean(2)
     first = spectrum[:, 4:14].argmax(1).float()  # the first harmonic
     assert np.corrcoef(first, data.label[:, 1])[0, 1] > 0.7
-
-
-# ---- folds --------------------------------------------------------------------------------------
 
 
 def check_partition(parts, n):
@@ -181,10 +130,10 @@ def test_folds_by_person_share_nobody(tmp_path):
     check_partition(parts, 55)
     for train, _, val in parts:
         assert not set(group[train]) & set(group[val])
-        assert 9 <= len(val) <= 13
+        assert 7 <= len(val) <= 15
     even = data._replace(group=np.arange(55) // 5)
     assert folds(even, 5, seed=1)[0][2].tolist() != folds(even, 5, seed=2)[0][2].tolist()
-    with pytest.raises(DataError, match="10 people, too few for 11 folds"):
+    with pytest.raises(DataError, match="10 people or rows are too few for 11 folds"):
         folds(data, 11)
 
 
@@ -219,10 +168,6 @@ def test_folds_without_people_are_stratified(tmp_path):
     for _, _, val in parts:
         assert len(val) == 8
         assert all(abs((label[val] == c).sum() - (label == c).sum() / 5) < 1 for c in range(3))
-    with pytest.raises(DataError, match="class 2 has 6 rows, too few for 7 folds"):
-        folds(data, 7)
-
-
 def test_the_data_sets_own_split_stands_unless_folds_are_asked_for(tmp_path):
     split = np.array(["train", "val"] * 20)
     data = features(written(tmp_path, split=split, label=np.arange(40) // 20))
@@ -236,7 +181,7 @@ def test_folds_that_cannot_be_trained_on_are_named(tmp_path):
     label, split = np.array([0, 1] * 19 + [5, 5]), np.repeat(["train", "val"], [38, 2])
     with pytest.raises(DataError, match="fold 0 has no training row of class 5"):
         folds(features(written(tmp_path, label=label, split=split)))
-    with pytest.raises(DataError, match="fold 0 has 40 training and 0 validation rows"):
+    with pytest.raises(DataError, match="fold 0 has 40 training, 0 choosing"):
         folds(features(written(tmp_path, split=np.array(["train"] * 40))))
     with pytest.raises(DataError, match="single class"):
         folds(features(written(tmp_path, label=np.zeros(40, dtype=int))))

@@ -82,10 +82,10 @@ def test_tnet_and_adapter_have_the_published_widths_and_composed_is_all_of_tnet(
 
 def test_encoder_standardises_with_the_training_rows():
     x = normal(50, 6) * torch.tensor([7, 7, 0, 7, 7, 7]) + 4  # the third is constant
-    net, rows = built(models.Encoder, 6, dim=8), numbers(x)
+    net, rows = built(models.Encoder, 6, dim=8, dropout=0.5), numbers(x)
     net.fit_standardisation(x)
     rows = (rows - rows.mean(0)) / np.where(np.arange(6) == 2, 1, rows.std(0))
-    same(net(x), linear(np.maximum(linear(rows, net.layers[0]), 0), net.layers[2]))
+    same(net(x), linear(np.maximum(linear(rows, net.layers[0]), 0), net.layers[3]))
 
 
 @pytest.mark.parametrize("adapters", [True, False])

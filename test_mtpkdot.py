@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.spatial.distance import cdist
-from scipy.special import huber, log_softmax
+from scipy.special import huber, log_softmax, rel_entr, softmax
 from torch.autograd import grad, gradcheck
 
 import mtpkdot
@@ -125,6 +125,7 @@ def relational(z_s, z_t):
 def test_student_loss_of_every_method_and_its_gradients_which_spare_the_teacher():
     prediction, label = normal(1, 20, 2).requires_grad_(), normal(2, 20, 2)
     z_s, z_t = normal(3, 20, 6).requires_grad_(), normal(4, 20, 6).requires_grad_()
+    said = normal(5, 20, 2).requires_grad_()
     want = {
         "task": 1 - lin(prediction, label).mean(),
         "ot": ot(z_t, z_s),
@@ -132,20 +133,29 @@ def test_student_loss_of_every_method_and_its_gradients_which_spare_the_teacher(
         "mse": cdist(z_s.detach(), z_t.detach(), "sqeuclidean").diagonal().mean() / 6,
         "cosine": np.diag(cosine(z_s, z_t)).mean(),
         "rkd": relational(z_s, z_t),
+        "kd": ((prediction - said) ** 2).mean().item(),
     }
 
     def terms_of(prediction, z_s):
-        return mtpkdot.student_loss(weights, prediction, label, z_s, z_t, **EXACT)
+        return mtpkdot.student_loss(weights, prediction, label, z_s, z_t, said, **EXACT)
 
     methods = [{"task": 1}, {"task": 1, "ot": 0.6}, {"task": 0.8, "ot": 0.2, "centroid": 0.3}]
-    for weights in methods + [{"task": 1, name: 0.7} for name in ("mse", "cosine", "rkd")]:
+    for weights in methods + [{"task": 1, name: 0.7} for name in ("mse", "cosine", "rkd", "kd")]:
         terms = terms_of(prediction, z_s)
         expected = {name: want[name] for name in weights}
         expected["loss"] = sum(weight * want[name] for name, weight in weights.items())
         assert {name: t.item() for name, t in terms.items()} == pytest.approx(expected, rel=1e-8)
-        gradients = grad(terms["loss"], (prediction, z_s, z_t), allow_unused=True)
-        assert [g is None for g in gradients] == [False, weights == {"task": 1}, True]
+        gradients = grad(terms["loss"], (prediction, z_s, z_t, said), allow_unused=True)
+        apart = weights.keys() <= {"task", "kd"}
+        assert [g is None for g in gradients] == [False, apart, True, True]
         assert gradcheck(lambda *x: terms_of(*x)["loss"], (prediction, z_s), fast_mode=True)
+
+
+def test_distillation_of_classes_is_the_divergence_of_softened_ones():
+    p, q, label = normal(1, 9, 4), normal(2, 9, 4), torch.arange(9) % 4
+    soft_p, soft_q = softmax(p.numpy() / 4, 1), softmax(q.numpy() / 4, 1)
+    want = 16 * rel_entr(soft_q, soft_p).sum(1).mean()
+    close(mtpkdot.logit_distillation(p, q, label), want)
 
 
 def test_gradients_are_finite_where_clips_coincide():

@@ -25,14 +25,14 @@ import models
 import train
 
 SMALL = ["--dim", 8, "--batch-size", 32, "--device", "cpu", "--updates", 3]  # two epochs
-for name in ("backbone", "joint", "tnet", "align", "student", "pkdot"):
+for name in ("backbone", "joint", "align", "student"):
     SMALL += [f"--epochs-{name}", 1]
 RAW = ["--epochs", 1, "--dim", 16, "--width", 2, "--clip-stride", 12]
 TEACHERS = ["visual", "privileged", "joint", "joint_aligned"]
 TEACHERS += ["adapted_visual", "adapted_privileged"]
 METHODS = ["unaligned", "no-centroid", "joint", "visual", "privileged"]
 METHODS = ["mtpkdot", *(f"mtpkdot-{name}" for name in METHODS), "pkdot"]
-METHODS += ["mse", "cosine", "rkd", "task", "visual"]
+METHODS += ["mse", "cosine", "rkd", "kd", "task", "visual"]
 
 
 def as_script(argv, folder, said, limit, pictures):
@@ -168,11 +168,11 @@ def test_history_has_as_many_epochs_of_each_network_and_losses_add_up(finished):
     names += [f"student_{method}" for method in METHODS]
     want = [(str(f), name, str(epoch)) for f in range(3) for name in names for epoch in (1, 2)]
     assert [(row["fold"], row["model"], row["epoch"]) for row in rows] == want
-    weights = {name: {"task": 1, name: 1} for name in ("mse", "cosine", "rkd")}
+    weights = {name: {"task": 1, name: 1} for name in ("mse", "cosine", "rkd", "kd")}
     weights["mtpkdot"] = {"task": 0.8, "ot": 1, "centroid": 0.02}
     weights["pkdot"] = {"task": 1, "ot": 1.25}
     for row in rows:
-        values = [float(v) for k, v in row.items() if v and k not in ("stage", "model")]
+        values = [float(v) for k, v in row.items() if v and k != "model"]
         assert row["score"] and np.isfinite(values).all()
         terms = weights.get(row["model"].removeprefix("student_"), {"loss": 1})
         total = sum(weight * float(row[term]) for term, weight in terms.items())
@@ -245,11 +245,19 @@ def test_stages_one_by_one_give_the_same(finished, tmp_path):
 
 def test_several_seeds(finished, tmp_path):
     run(*finished.argv, "--out", tmp_path, "--method", "task,visual", "--seeds", 3, "--epochs", 1)
-    got, alone = results(tmp_path), [results(tmp_path / f"seed{seed}") for seed in range(3)]
-    assert got["folds"] == sum((one["folds"] for one in alone), []) and len(got["folds"]) == 9
-    joint = [one["mean"]["joint"] for one in alone]
+    got, files = results(tmp_path), sorted(tmp_path.glob("seed*/fold*/student_task.pt"))
+    want = [(seed, fold) for seed in range(3) for fold in range(3)]
+    assert [(report["seed"], report["fold"]) for report in got["folds"]] == want
+    assert [load(file)["scores"]["task"] for file in files] == [
+        report["students"]["task"] for report in got["folds"]
+    ]
+    rows = [[got["folds"][3 * seed + fold] for fold in range(3)] for seed in range(3)]
+    joint = [np.mean([report["joint"] for report in row]) for row in rows]
     assert len(set(joint)) > 1 and got["stderr"]["joint"] == pytest.approx(stats.sem(joint))
-    task, visual = ([one["mean"]["students"][m] for one in alone] for m in ("task", "visual"))
+    task, visual = (
+        [np.mean([report["students"][m] for report in row]) for row in rows]
+        for m in ("task", "visual")
+    )
     assert_gap(got["less_visual"]["task"], task, visual)
 
 
@@ -269,9 +277,9 @@ def test_student_backbone_and_train_rows_and_the_protocol_of_the_paper(kind, fin
 
 def test_preset_is_the_released_code_and_what_is_given_goes_first():
     got = vars(train.options(["--preset", "released", "--device", "cpu", "--w-ot", "3"]))
-    want = {"lr_student": 5e-4, "epochs_student": 10, "lr_pkdot": 1e-4, "epochs_pkdot": 20, "k": 30}
+    want = {"lr_student": 5e-4, "epochs_student": 10, "k": 30, "dropout": 0, "dropout_student": 0}
     want |= {"lr_adapter": 5e-3, "lr_fusion": 1e-4, "lr_tnet": 5e-5, "epochs_align": 10, "dim": 512}
-    want |= {"w_align": 0.5, "w_head": 0.5, "w_task": 0.8, "w_centroid": 0.2, "w_pkdot_ot": 0.6}
+    want |= {"w_task": 0.8, "w_centroid": 0.2, "w_pkdot_ot": 0.6}
     want |= {"anchors": "least", "shift": "min", "student_backbone": "frozen", "w_ot": 3}
     want |= {"eps": 0.01, "folds_by": "clip", "select": "val", "updates": 0, "lr_decay": "none"}
     assert {name: got[name] for name in want} == want

@@ -4,15 +4,15 @@
     python train.py --dataset affwild2 --stage all      on Aff-Wild2, laid out as README says
 
 Read from top to bottom:
-    options         what can be set, stage by stage
-    a run on disk   one file a network: what is there is loaded, what is not is made
-    processes       what torchrun shares out
-    fit             the one training loop, which every network goes through
-    teachers        stage 1: a backbone for each view, the joint teacher, T-Net
-    align           stage 2: adapters and heads learn with the joint teacher
-    student         stage 3: METHODS, the table of all students, and how one is trained
-    evaluate        a saved student on new data, from its visual view alone
-    report          results.json, history.csv, the table, the pictures
+    options     what can be set, stage by stage
+    files       one a network: what is there is loaded, what is not is made
+    processes   what torchrun shares out
+    fit         the one training loop, which every network goes through
+    teachers    stage 1: a backbone for each view, the joint teacher, T-Net
+    align       stage 2: adapters and heads learn with the joint teacher
+    student     stage 3: METHODS, the table of all students, and how one is trained
+    evaluate    a saved student on new data, from its visual view alone
+    report      results.json, history.csv, the table, the pictures
     main
 
 Views, labels and embeddings of all clips stay on the host. Networks and the batch in hand are on
@@ -28,7 +28,6 @@ import os
 import signal
 import sys
 import warnings
-import zipfile
 import zlib
 from pathlib import Path
 
@@ -46,18 +45,6 @@ import mtpkdot
 
 VIEWS = ("visual", "privileged")
 STAGES = ("teachers", "align", "student")
-DATASETS = {  # and the defaults that depend on the data set
-    "synthetic": {"dim": 128, "width": 4, "updates": 100},
-    "features": {"dim": 128, "epochs_backbone": 100},
-    "affwild2": {"data": "data/affwild2"},
-    "biovid": {"data": "data/biovid"},
-}
-RELEASED = {  # --preset. Source: released code; it leaves the backbones and the joint teacher open
-    **{"folds_by": "clip", "dim": models.DIM, "updates": 0, "select": "val", "lr_decay": "none"},
-    **{"lr_joint": 1e-4, "lr_tnet": 5e-5, "lr_adapter": 5e-3, "lr_student": 5e-4, "lr_pkdot": 1e-4},
-    **{"epochs_pkdot": 20, "student_backbone": "frozen", "anchors": "least", "shift": "min"},
-    **{"w_ot": 0.2, "w_centroid": 0.2, "w_pkdot_ot": 0.6},
-}
 
 
 def refuse(message):
@@ -68,86 +55,111 @@ def refuse(message):
 # ---- options ------------------------------------------------------------------------------------
 
 
+# Of each section: (name, default, meaning), and a type where the default has none. A tuple is all
+# values that can be chosen, the default first.
+OPTIONS = {
+    "run": [
+        ("preset", (None, "released"), "other defaults: those of the authors' code"),
+        ("data", None, "file or folder of the data set", str),
+        ("stage", ("all", *STAGES, "eval"), "what to make, or eval: to score"),
+        ("method", "mtpkdot,task,visual", "students of METHODS, with commas, or all"),
+        ("out", None, "folder of the run; None is runs/DATASET", Path),
+        ("fold", None, "train this fold only, counted from 0", int),
+        ("seeds", 1, "repeat everything with as many seeds, from --seed on"),
+        ("epochs", None, "of every network, in the place of --updates and --epochs-...", int),
+        ("student", None, "eval: file of the student", Path),
+        ("predictions", None, "eval: .csv file for what it predicts for each clip", Path),
+        ("device", ("auto", "cpu", "cuda"), "auto is cuda where there is one"),
+        ("workers", min(8, os.cpu_count() or 1), "processes that read raw data"),
+    ],
+    "data": [
+        ("dataset", (None, "synthetic", "features", "affwild2", "biovid"), "None is synthetic"),
+        ("seed", 0, "of folds, initial weights and batches"),
+        ("folds", None, "number of folds; None is the data's own split, or 5", int),
+        ("folds-by", ("person", "clip"), "clip: people are in training and validation"),
+        ("select", ("train", "val"), "who chooses epochs: a fifth of the training rows, or val"),
+        ("train-rows", None, "train on as many rows of each fold", int),
+        ("clip-stride", 1, "affwild2: take every N-th usable frame"),
+        ("levels", "BL1,PA4", f"biovid: the classes, of {','.join(datasets.BIOVID_LEVELS)}"),
+        ("signal", ("emg_corrugator", *datasets.BIOVID_SIGNALS), "biovid: the privileged signal"),
+        ("batch-size", 128, "clips of a batch, at most"),
+        ("updates", 200, "a network trains for as many updates at the least"),
+        ("lr-decay", ("linear", "none"), "of every rate, to zero"),
+        ("dim", models.DIM, "size of an embedding, even"),
+        ("width", 64, "of the first stage of both 18-layer networks"),
+    ],
+    "teachers": [
+        ("visual-weights", None, "raw data: published r3d_18 weights to start from", str),
+        ("privileged-weights", None, "raw data: published resnet18 weights to start from", str),
+        ("epochs-backbone", 30, "at the least, as of the other networks"),
+        ("epochs-joint", 30, "of the joint teacher and of T-Net"),
+        ("lr-backbone", 1e-3, "learning rate"),
+        ("lr-joint", 5e-4, "learning rate"),
+        ("lr-tnet", 5e-4, "learning rate"),
+        ("tnet-loss", ("mse", "mmd"), "T-Net's loss"),
+        ("dropout", 0.25, "of hidden units of vectors, and of embeddings that enter the fusion"),
+    ],
+    "align": [
+        ("epochs-align", 40, "at the least"),
+        ("lr-adapter", 2e-3, "learning rate, of the heads too"),
+        ("lr-fusion", 1e-4, "learning rate"),
+    ],
+    "student": [
+        ("student-backbone", ("finetune", "frozen", "scratch"), "the visual backbone in stage 3"),
+        ("epochs-student", 10, "at the least"),
+        ("lr-student", 1e-3, "learning rate"),
+        ("dropout-student", 0.25, "as --dropout, of every student"),
+        ("k", 30, "anchors of a clip"),
+        ("anchors", ("most", "least"), "the k most or least similar clips"),
+        ("shift", ("none", "min"), "min: similarities less their minimum before OT"),
+        ("eps", 0.01, "entropy of OT, in units of its cost"),
+        ("ot", ("debiased", "entropic"), "form of OT"),
+        ("w-task", 0.8, "weight of the task in mtpkdot's loss"),
+        ("w-ot", 1.0, "weight of OT in it"),
+        ("w-centroid", 0.02, "weight of the centroid in it"),
+        ("w-pkdot-ot", 1.25, "pkdot: weight of OT beside a task of weight 1"),
+        ("w-feature", 1.0, "mse, cosine, rkd, kd: weight beside a task of weight 1"),
+    ],
+}
+LEAST = {"fold": 0, "workers": 0, "seed": 0, "updates": 0, "folds": 2, "train_rows": 2, "dim": 2}
+LEAST |= {"batch_size": 2, "eps": 1e-9}  # of any other number: 1 if it is whole, else 0
+DATASETS = {  # other defaults
+    "synthetic": {"dim": 128, "width": 4, "updates": 100},
+    "features": {"dim": 128, "epochs_backbone": 100},
+}
+RELEASED = {  # --preset. Source: released code; it leaves the backbones and the joint teacher open
+    **{"folds_by": "clip", "dim": models.DIM, "updates": 0, "select": "val", "lr_decay": "none"},
+    **{"lr_joint": 1e-4, "lr_tnet": 5e-5, "lr_adapter": 5e-3, "lr_student": 5e-4, "shift": "min"},
+    **{"student_backbone": "frozen", "anchors": "least", "w_ot": 0.2, "w_centroid": 0.2},
+    **{"w_pkdot_ot": 0.6, "epochs_align": 10, "dropout": 0.0, "dropout_student": 0.0},
+}
+
+
+def names_of(*sections):
+    return [name.replace("-", "_") for section in sections for name, *_ in OPTIONS[section]]
+
+
 def options(argv=None):
-    """The arguments, checked and completed. args.groups[stage] names those that a stage adds."""
+    """The arguments, checked and completed."""
     how = {"allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
     parser = argparse.ArgumentParser(**how)
-    groups = {stage: [] for stage in ("run", "data", *STAGES)}
-    parser.error, limits = refuse, {}
-
-    def add(name, default, text, kind=None, least=None):
-        """An option of the section. Of choices the first is the default; a dict is a family. The
-        least value is, unless told, 1 of a whole number and 0 of another."""
-        if isinstance(default, dict):
-            for part, value in default.items():
-                add(f"{name}-{part}", value, text)
-            return
-        kind = kind or type(default)
-        settings = {"default": default, "type": kind, "metavar": "X"}
-        if isinstance(default, tuple):
-            settings = {"default": default[0], "choices": dict.fromkeys(default)}
-        option = section.add_argument(f"--{name}", help=text, **settings)
-        groups[section.title].append(option.dest)
-        limits[option.dest] = int(kind is int) if least is None else least
-
-    section = parser.add_argument_group("run")
-    add("preset", (None, "released"), "other defaults: those of the authors' code")
-    add("data", None, "file or folder of the data set", str)
-    add("stage", ("all", *STAGES, "eval"), "what to make or to score")
-    add("method", "mtpkdot,task,visual", f"students: all, or of {','.join(METHODS)}")
-    add("out", None, "folder of the run; None is runs/DATASET", Path)
-    add("fold", None, "this fold only, counted from 0", int, 0)
-    add("seeds", 1, "repeat everything with as many seeds, from --seed on")
-    add("epochs", None, "of every network, in the place of --updates and --epochs-...", int)
-    add("student", None, "eval: file of the student", Path)
-    add("predictions", None, "eval: .csv file for what it predicts for each clip", Path)
-    add("device", ("auto", "cpu", "cuda"), "auto is cuda where there is one")
-    add("workers", min(8, os.cpu_count() or 1), "processes that read raw data", least=0)
-    section = parser.add_argument_group("data")
-    add("dataset", (None, *DATASETS), "None is synthetic; eval: the student's")
-    add("seed", 0, "of folds, initial weights and batches", least=0)
-    add("folds", None, "number of folds; None is the data's own split, or 5", int, 2)
-    add("folds-by", ("person", "clip"), "clip: people are in training and validation")
-    add("select", ("train", "val"), "who chooses epochs: a fifth of the training rows, or val")
-    add("train-rows", None, "train on as many rows of each fold", int, 2)
-    add("clip-stride", 1, "affwild2: take every N-th usable frame")
-    add("levels", "BL1,PA4", f"biovid: the classes, of {','.join(datasets.BIOVID_LEVELS)}")
-    add("signal", ("emg_corrugator", *datasets.BIOVID_SIGNALS), "biovid: the privileged signal")
-    add("batch-size", 128, "clips of a batch, at most", least=2)
-    add("updates", 200, "a network trains for as many updates at the least", least=0)
-    add("lr-decay", ("linear", "none"), "of every rate, to zero")
-    add("dim", models.DIM, "size of an embedding, even", least=2)
-    add("width", 64, "of the first stage of both 18-layer networks")
-    section = parser.add_argument_group("teachers")
-    add("visual-weights", None, "raw data: published r3d_18 weights to start from", str)
-    add("privileged-weights", None, "raw data: published resnet18 weights to start from", str)
-    add("epochs", {"backbone": 30, "joint": 20, "tnet": 30}, "at the least")
-    add("lr", {"backbone": 1e-3, "joint": 5e-4, "tnet": 5e-4}, "learning rate")
-    add("tnet-loss", ("mse", "mmd"), "T-Net's loss")
-    section = parser.add_argument_group("align")
-    add("epochs-align", 10, "at the least")
-    add("lr", {"adapter": 5e-4, "fusion": 1e-4}, "learning rate")
-    add("w", {"align": 0.5, "head": 0.5}, "weight of this loss")
-    section = parser.add_argument_group("student")
-    add("student-backbone", ("finetune", "frozen", "scratch"), "the visual backbone in stage 3")
-    add("epochs", {"student": 10, "pkdot": 10}, "at the least")
-    add("lr", {"student": 1e-3, "pkdot": 1e-3}, "learning rate")
-    add("k", 30, "anchors of a clip")
-    add("anchors", ("most", "least"), "the k most or least similar clips")
-    add("shift", ("none", "min"), "min: similarities less their minimum before OT")
-    add("eps", 0.01, "entropy of OT, in units of its cost", least=1e-9)
-    add("ot", ("debiased", "entropic"), "form of OT")
-    add("w", {"task": 0.8, "ot": 1.0, "centroid": 0.02}, "weight of this term of mtpkdot's loss")
-    add("w", {"pkdot-ot": 1.25, "feature": 1.0}, "weight beside a task loss of weight 1")
-
+    parser.error = refuse
+    for title, settings in OPTIONS.items():
+        section = parser.add_argument_group(title)
+        for name, default, meaning, *kind in settings:
+            how = {"default": default, "type": kind[0] if kind else type(default)}
+            if isinstance(default, tuple):
+                how = {"default": default[0], "choices": dict.fromkeys(default)}
+            section.add_argument(f"--{name}", help=meaning, metavar="X", **how)
     first = parser.parse_args(argv)
-    parser.set_defaults(**DATASETS[first.dataset or "synthetic"])
+    parser.set_defaults(**DATASETS.get(first.dataset or "synthetic", {}))
     parser.set_defaults(**RELEASED if first.preset else {})
     args = parser.parse_args(argv)
+
     for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and not limits[name] <= value < 2**63:
-            least = f"a number of at least {limits[name]}"
-            refuse(f"argument --{name.replace('_', '-')}: {value} is not {least}")
+        least = LEAST.get(name, int(isinstance(value, int)))
+        if isinstance(value, (int, float)) and not least <= value < 2**63:
+            refuse(f"argument --{name.replace('_', '-')}: {value} is not a number from {least} on")
     if (args.stage == "eval") != bool(args.student) or (args.predictions and not args.student):
         refuse("arguments --student, --predictions: they are for --stage eval --student FILE")
     args.methods = list(METHODS) if args.method == "all" else args.method.split(",")
@@ -155,31 +167,31 @@ def options(argv=None):
         refuse(f"argument --method: {args.method} is not all, nor of {', '.join(METHODS)}")
     if args.dim % 2:
         refuse(f"argument --dim: {args.dim} is odd, and two attention heads share it")
+    if max(args.dropout, args.dropout_student) >= 1:
+        refuse("arguments --dropout, --dropout-student: they must be less than 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         refuse("argument --device: this machine has no CUDA device; use --device cpu")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.groups, args.levels = groups, args.levels.split(",")
+    args.levels = args.levels.split(",")
     args.dataset = args.dataset or ("synthetic" if args.stage != "eval" else None)
     args.out = args.out or Path("runs") / str(args.dataset)
     if args.epochs:
         args.updates = 0
-        for name in [name for name in vars(args) if name.startswith("epochs_")]:
-            setattr(args, name, args.epochs)
+        vars(args).update({name: args.epochs for name in vars(args) if name.startswith("epochs_")})
     return args
 
 
-# ---- a run on disk ------------------------------------------------------------------------------
+# ---- files --------------------------------------------------------------------------------------
 # A fold's folder holds a file STAGE_NAME.pt for each network, saved after every epoch. The same
-# command given again loads what is there and makes the rest. From here on `run` is the arguments
-# and what a seed and a fold add: data, folder, and rows to train on, to choose by and to score.
+# command given again loads what is there and makes the rest. A `run` is the arguments and what a
+# seed and a fold add: data, number, folder, and rows to train on, to choose by and to score.
 
 
 def origin(run, name):
     """What a file is made from: the data, and the arguments of its stage and of those before."""
-    groups = ["data", *STAGES[: STAGES.index(name.partition("_")[0]) + 1]]
-    names = [name for group in groups for name in run.groups[group]]
-    return {"data": run.content, **{name: getattr(run, name) for name in names}}
+    stages = STAGES[: STAGES.index(name.partition("_")[0]) + 1]
+    return {"data": run.content, **{key: getattr(run, key) for key in names_of("data", *stages)}}
 
 
 def write(path, content):
@@ -192,20 +204,17 @@ def write(path, content):
 
 
 def save(run, name, saved):
-    """Save a dict with its origin. All processes meet here: none reads what is being written."""
+    """Save a dict with its origin. No process goes on to read before the file is there."""
     file = io.BytesIO()
     torch.save({**saved, "origin": origin(run, name)}, file)
-    several = processes()[1] > 1
-    distributed.barrier() if several else None
+    wait_for_all()
     write(run.folder / f"{name}.pt", file.getbuffer())
-    distributed.barrier() if several else None
+    wait_for_all()
 
 
 def read(path, use=dict):
     """use(what is in a file of torch.save), on the host. A damaged or foreign file is refused."""
     try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            raise ValueError("a checksum is wrong")
         return use(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a damaged or foreign file can raise anything
         reason = " ".join(f"{type(error).__name__}, {error}".split())[:200]
@@ -223,8 +232,7 @@ def load(run, name, needed=False):
     theirs = saved.get("origin", {}) if saved else mine
     differ = [key for key in mine if theirs.get(key) != mine[key]]
     if differ:
-        flags = [f"--{key.replace('_', '-')}" for key in differ]
-        pairs = [f"{flag} ({theirs.get(key)}, now {mine[key]})" for flag, key in zip(flags, differ)]
+        pairs = [f"--{k.replace('_', '-')} ({theirs.get(k)}, now {mine[k]})" for k in differ]
         refuse(f"{path} is of a run with other {', '.join(pairs)}; use another --out")
     return saved
 
@@ -239,6 +247,11 @@ def processes():
     if not distributed.is_initialized():
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()
+
+
+def wait_for_all():
+    if processes()[1] > 1:
+        distributed.barrier()
 
 
 def is_shared(view):
@@ -270,12 +283,16 @@ class Gather(torch.autograd.Function):
         return grad[rank::count] * count
 
 
-# ---- the one training loop ----------------------------------------------------------------------
+# ---- fit: the one training loop -----------------------------------------------------------------
 
 
 def seed_everything(run, part):
     """What is random depends on seed, fold and part of the run, not on what ran before."""
     torch.manual_seed(zlib.crc32(repr((run.seed, run.number, part)).encode()))
+
+
+def labels(run, rows):
+    return run.data.label[rows].to(run.device)
 
 
 def score(data, prediction, rows):
@@ -322,16 +339,32 @@ def predict(run, network, view, rows):
 
 
 def fit(run, name, network, rates, epochs, view, loss_of, scored, full=None, **about):
-    """Train `network` with Adam, keep its best epoch, and leave it in the file `name`.
+    """Train `network` with Adam, and leave its best epoch in the file `name`.
 
     rates    [(module, learning rate)]; epochs: at the least, as --updates may ask for more
     view     what the network takes: a view of the data set, or embeddings
     loss_of  (rows, outputs...) -> dict of scalars, of which "loss" is minimised
     scored   names of the models in it; the mean of their scores chooses the epoch, or, where there
              is none, the loss
-    full     the network whose weights are saved, where `network` is only a part of it
+    full     the network that is saved, where `network` is only a part of it
     about    what is saved besides
     """
+    saved = load(run, name) or {"history": [], "best": -math.inf}
+    if "scores" in saved:
+        return
+
+    # Batches of nearly equal size: the similarities within a runt of two clips would mean nothing.
+    steps = max(1, min(math.ceil(len(run.train) / run.batch_size), len(run.train) // 2))
+    epochs = max(epochs, math.ceil(run.updates / steps))
+    groups = [{"params": list(module.parameters()), "lr": rate} for module, rate in rates]
+    optimizer = torch.optim.Adam(groups, fused=True)
+    end = 0 if run.lr_decay == "linear" else 1
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1, end, epochs * steps)
+    full, trained = full or network, network
+    if is_shared(view):
+        if run.device == "cuda":  # on the CPU batch norms are each process's own
+            nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        trained = DistributedDataParallel(network)
 
     def scores_of(rows):
         outputs = predict(run, trained, view, rows)
@@ -340,43 +373,29 @@ def fit(run, name, network, rates, epochs, view, loss_of, scored, full=None, **a
         predictions = outputs[1].unbind(1) if len(scored) > 1 else outputs[1:]
         return {model: score(run.data, said, rows) for model, said in zip(scored, predictions)}
 
-    full, trained, train = full or network, network, run.train
-    if is_shared(view):
-        if run.device == "cuda":  # on the CPU batch norms are each process's own
-            nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        trained = DistributedDataParallel(network)
-    # Batches of nearly equal size: the similarities within a runt of two clips would mean nothing.
-    steps = max(1, min(math.ceil(len(train) / run.batch_size), len(train) // 2))
-    epochs = max(epochs, math.ceil(run.updates / steps))
-    groups = [{"params": list(module.parameters()), "lr": rate} for module, rate in rates]
-    optimizer = torch.optim.Adam(groups, fused=True)
-    end = 0 if run.lr_decay == "linear" else 1
-    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1, end, epochs * steps)
-    parts = {"network": network, "optimizer": optimizer, "decay": decay}
-
     # Go on where the same command stopped before.
-    saved = load(run, name) or {"history": [], "best": -math.inf}
-    if "optimizer" in saved:
+    parts = {"network": network, "optimizer": optimizer, "decay": decay}
+    if saved["history"]:
         torch.set_rng_state(saved["random"])
         for key, part in parts.items():
             part.load_state_dict(saved[key])
-    finished = "scores" in saved
-    for epoch in range(len(saved["history"]) + 1, epochs + 1) if not finished else ():
+    for epoch in range(len(saved["history"]) + 1, epochs + 1):
         # Train on every row once.
         run.place = f"seed {run.seed}  fold {run.number}  {name:<26}  epoch {epoch:>3}/{epochs}"
         trained.train()
-        order = train[torch.randperm(len(train))].tensor_split(steps)
+        order = run.train[torch.randperm(len(run.train))].tensor_split(steps)
         drawn = view.drawn(torch.randint(2**31, ()).item()) if hasattr(view, "drawn") else view
-        means, hidden = {}, processes()[0] > 0 or None  # None: unless it is a terminal
-        batches = forward(run, trained, drawn, order)
-        for rows, outputs in tqdm(batches, name, steps, leave=False, disable=hidden):
+        hidden = processes()[0] > 0 or None  # None: unless it is a terminal
+        bar = tqdm(forward(run, trained, drawn, order), name, steps, leave=False, disable=hidden)
+        means = {}
+        for rows, outputs in bar:
             terms = loss_of(rows, *outputs)
             optimizer.zero_grad()
             terms["loss"].backward()
             optimizer.step()
             decay.step()
             for term, value in terms.items():
-                means[term] = means.get(term, 0) + value.detach() * (len(rows) / len(train))
+                means[term] = means.get(term, 0) + value.detach() * (len(rows) / len(run.train))
 
         # Score it on the rows that choose the epoch, and keep the best.
         now = float(np.mean([headline(value) for value in scores_of(run.choose).values()]))
@@ -385,8 +404,8 @@ def fit(run, name, network, rates, epochs, view, loss_of, scored, full=None, **a
             saved.update(best=now, weights=weights)
 
         # Save all that is needed to go on.
-        row = {"fold": run.number, "stage": name.partition("_")[0], "model": name, "epoch": epoch}
-        row.update({term: value.item() for term, value in means.items()}, score=now)
+        row = {"seed": run.seed, "fold": run.number, "model": name, "epoch": epoch, "score": now}
+        row.update({term: value.item() for term, value in means.items()})
         saved.update({key: part.state_dict() for key, part in parts.items()})
         saved.update(history=[*saved["history"], row], random=torch.get_rng_state())
         save(run, name, saved)
@@ -394,19 +413,18 @@ def fit(run, name, network, rates, epochs, view, loss_of, scored, full=None, **a
 
     # Score the best epoch on the validation rows, and save all that is needed to use it.
     full.load_state_dict(saved["weights"])
-    if not finished:
-        kept = {key: saved[key] for key in ("weights", "history")}
-        save(run, name, {**kept, "scores": scores_of(run.val), **about})
+    kept = {key: saved[key] for key in ("weights", "history")}
+    save(run, name, {**kept, "scores": scores_of(run.val), **about})
 
 
 # ---- stage 1: teachers --------------------------------------------------------------------------
 
 
-def single(run, view, name=None):
+def single(run, view, name=None, dropout=0.0):
     """The network of one view, a backbone with a head: of the file `name`, or as it starts."""
     source, published = getattr(run.data, view), getattr(run, f"{view}_weights")
     fast = run.device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
-    encoder = models.backbone(source.shape[1:], run.dim, run.width, bfloat16=fast)
+    encoder = models.backbone(source.shape[1:], run.dim, run.width, fast, dropout)
     network = models.Single(encoder, nn.Linear(run.dim, len(run.data.names)))
     vectors = isinstance(encoder, models.Encoder)
     if published and vectors:
@@ -437,32 +455,33 @@ def embeddings(run):
 def teachers(run):
     """Stage 1. Each backbone learns the task alone; then the joint teacher and T-Net learn."""
 
-    def loss_of(rows, z, prediction):
-        return {"loss": mtpkdot.task_loss(prediction, run.label(rows))}
+    def task_of(rows, z, prediction):
+        return {"loss": mtpkdot.task_loss(prediction, labels(run, rows))}
 
     # A backbone with a head for each view. The visual one is the visual-only baseline.
     for view in VIEWS:
         seed_everything(run, view)
-        network, source = single(run, view), getattr(run.data, view)
-        how = ([(network, run.lr_backbone)], run.epochs_backbone, source, loss_of)
-        fit(run, f"teachers_{view}", network, *how, [view])
+        network, source = single(run, view, dropout=run.dropout), getattr(run.data, view)
+        rates = [(network, run.lr_backbone)]
+        fit(run, f"teachers_{view}", network, rates, run.epochs_backbone, source, task_of, [view])
 
     # The joint teacher: the fusion of both embeddings, which stay as they are.
     z = embeddings(run)
     seed_everything(run, "joint")
-    joint = models.Fusion(run.dim, len(run.data.names)).to(run.device)
-    how = ([(joint, run.lr_joint)], run.epochs_joint, z, loss_of)
-    fit(run, "teachers_joint", joint, *how, ["joint"])
+    joint = models.Fusion(run.dim, len(run.data.names), run.dropout).to(run.device)
+    rates = [(joint, run.lr_joint)]
+    fit(run, "teachers_joint", joint, rates, run.epochs_joint, z, task_of, ["joint"])
 
     # T-Net: the privileged embedding, hallucinated from the visual one.
     seed_everything(run, "tnet")
     tnet = models.TNet(run.dim).to(run.device)
 
-    def tnet_loss(rows, hallucinated):
-        z_p = z[rows, 1].to(hallucinated.device)
+    def loss_of(rows, hallucinated):
+        z_p = z[rows, 1].to(run.device)
         return {"loss": mtpkdot.tnet_loss(hallucinated, z_p, run.tnet_loss)}
 
-    fit(run, "teachers_tnet", tnet, [(tnet, run.lr_tnet)], run.epochs_tnet, z[:, 0], tnet_loss, [])
+    rates = [(tnet, run.lr_tnet)]
+    fit(run, "teachers_tnet", tnet, rates, run.epochs_joint, z[:, 0], loss_of, [])
 
 
 # ---- stage 2: align -----------------------------------------------------------------------------
@@ -471,16 +490,15 @@ def teachers(run):
 def align(run):
     """Stage 2. Adapters pull both single embeddings to the joint one, and the joint one to them."""
     seed_everything(run, "align")
-    network = models.Teachers(run.dim, len(run.data.names)).to(run.device)
+    network = models.Teachers(run.dim, len(run.data.names), run.dropout).to(run.device)
     network.joint.load_state_dict(load(run, "teachers_joint", needed=True)["weights"])
 
     # The distance of the embeddings, and the task of all three teachers.
     def loss_of(rows, z, predictions):
         z_j, a_v, a_p = z.unbind(1)
         distance = mtpkdot.alignment_loss(a_v, a_p, z_j)
-        tasks = [mtpkdot.task_loss(said, run.label(rows)) for said in predictions.unbind(1)]
-        loss = mtpkdot.align_stage_loss(distance, *tasks, run.w_align, run.w_head)
-        return {"loss": loss, "align": distance}
+        tasks = [mtpkdot.task_loss(said, labels(run, rows)) for said in predictions.unbind(1)]
+        return {"loss": mtpkdot.align_stage_loss(distance, *tasks), "align": distance}
 
     # An epoch is best where all three are good. The released code asks the joint one alone, which,
     # trained in stage 1, is at its best before the adapters have learned.
@@ -492,27 +510,28 @@ def align(run):
 
 # ---- stage 3: student ---------------------------------------------------------------------------
 
+ALL, JOINT = mtpkdot.TEACHERS, mtpkdot.TEACHERS[:1]
 STRUCTURE = {"task": "w_task", "ot": "w_ot", "centroid": "w_centroid"}
 METHODS = {
-    # student: (stage of its teachers, whom it follows, {term of its loss: weight, or its option})
-    "mtpkdot": ("align", "least loss", STRUCTURE),
-    "mtpkdot-unaligned": ("teachers", "least loss", STRUCTURE),
-    "mtpkdot-no-centroid": ("align", "least loss", {"task": "w_task", "ot": "w_ot"}),
-    "mtpkdot-joint": ("align", "joint", STRUCTURE),
-    "mtpkdot-visual": ("align", "adapted_visual", STRUCTURE),
-    "mtpkdot-privileged": ("align", "adapted_privileged", STRUCTURE),
-    "pkdot": ("teachers", "joint", {"task": 1, "ot": "w_pkdot_ot"}),
-    "mse": ("teachers", "joint", {"task": 1, "mse": "w_feature"}),
-    "cosine": ("teachers", "joint", {"task": 1, "cosine": "w_feature"}),
-    "rkd": ("teachers", "joint", {"task": 1, "rkd": "w_feature"}),
-    "task": ("teachers", "joint", {"task": 1}),  # the student without distillation
-    "visual": ("teachers", "joint", {"task": 1}),  # the visual network of stage 1, trained on
+    # student: (stage of its teachers, those to choose among, {term of its loss: weight or option})
+    "mtpkdot": ("align", ALL, STRUCTURE),
+    "mtpkdot-unaligned": ("teachers", ALL, STRUCTURE),
+    "mtpkdot-no-centroid": ("align", ALL, {"task": "w_task", "ot": "w_ot"}),
+    "mtpkdot-joint": ("align", JOINT, STRUCTURE),
+    "mtpkdot-visual": ("align", ["adapted_visual"], STRUCTURE),
+    "mtpkdot-privileged": ("align", ["adapted_privileged"], STRUCTURE),
+    "pkdot": ("teachers", JOINT, {"task": 1, "ot": "w_pkdot_ot"}),
+    "mse": ("teachers", JOINT, {"task": 1, "mse": "w_feature"}),
+    "cosine": ("teachers", JOINT, {"task": 1, "cosine": "w_feature"}),
+    "rkd": ("teachers", JOINT, {"task": 1, "rkd": "w_feature"}),
+    "kd": ("teachers", JOINT, {"task": 1, "kd": "w_feature"}),
+    "task": ("teachers", JOINT, {"task": 1}),  # the student without distillation
+    "visual": ("teachers", JOINT, {"task": 1}),  # the visual network of stage 1, trained on
 }
 
 
-def what_teachers_say(run, stage, z):
-    """Of z_v and z_p (N, 2, D): embeddings (N, 3, D) and predictions (N, 3, K) of the teachers, of
-    those of stage 2 or of those that stage 1 left, without adapters."""
+def trained_teachers(run, stage):
+    """The three teachers: those of stage 2, or those that stage 1 left, without adapters."""
     network = models.Teachers(run.dim, len(run.data.names), adapters=stage == "align")
     if stage == "align":
         network.load_state_dict(load(run, "align", needed=True)["weights"])
@@ -520,7 +539,7 @@ def what_teachers_say(run, stage, z):
         network.joint.load_state_dict(load(run, "teachers_joint", needed=True)["weights"])
         for view in VIEWS:
             network.heads[view] = single(run, view, f"teachers_{view}").head
-    return predict(run, network.to(run.device), z, torch.arange(len(z)))
+    return network.to(run.device).eval()
 
 
 def student(run, method):
@@ -528,20 +547,20 @@ def student(run, method):
 
     All students start from the same weights and see the same batches.
     """
-    stage, teacher, terms = METHODS[method]
+    stage, followed, terms = METHODS[method]
     weights = {term: getattr(run, w) if isinstance(w, str) else w for term, w in terms.items()}
     transport = {"k": run.k, "which": run.anchors, "shift": run.shift == "min", "eps": run.eps}
     transport["debias"] = run.ot == "debiased"
-    z = embeddings(run)
-    z_teachers, predictions = what_teachers_say(run, stage, z)
+    z, known = embeddings(run), trained_teachers(run, stage)
+    among = [mtpkdot.TEACHERS.index(teacher) for teacher in followed]
 
     # The student: the visual backbone of stage 1, or afresh; T-Net; a fusion of its own.
     seed_everything(run, "student")
-    scratch = run.student_backbone == "scratch"
-    baseline = single(run, "visual", None if scratch else "teachers_visual")
+    start = None if run.student_backbone == "scratch" else "teachers_visual"
+    baseline = single(run, "visual", start, run.dropout_student)
     tnet, view = models.TNet(run.dim), run.data.visual
     tnet.load_state_dict(load(run, "teachers_tnet", needed=True)["weights"])
-    fusion = models.Fusion(run.dim, len(run.data.names))
+    fusion = models.Fusion(run.dim, len(run.data.names), run.dropout_student)
     full = network = models.Student(baseline.encoder, tnet.composed(), fusion).to(run.device)
     if method == "visual":
         full = network = baseline
@@ -550,28 +569,25 @@ def student(run, method):
 
     # Its loss on a batch: pick the teacher, then add up the terms.
     def loss_of(rows, z_s, prediction):
-        label = run.label(rows)
-        if teacher == "least loss":
-            theirs = predictions[rows].to(run.device).unbind(1)
-            losses = torch.stack([mtpkdot.task_loss(said, label) for said in theirs])
-            chosen = mtpkdot.choose_teacher(losses)
-        else:
-            chosen = torch.tensor(mtpkdot.TEACHERS.index(teacher), device=run.device)
-        z_t = z_teachers[rows].to(run.device).index_select(1, chosen.view(1)).squeeze(1)
-        terms = mtpkdot.student_loss(weights, prediction, label, z_s, z_t, **transport)
-        return {**terms, **{name: chosen == i for i, name in enumerate(mtpkdot.TEACHERS)}}
+        label = labels(run, rows)
+        with torch.no_grad():
+            z_teachers, said = (t[:, among] for t in known(z[rows].to(run.device)))
+        losses = torch.stack([mtpkdot.task_loss(one, label) for one in said.unbind(1)])
+        chosen = mtpkdot.choose_teacher(losses)
+        teacher = {"z_t": z_teachers[:, chosen], "prediction_t": said[:, chosen]}
+        terms = mtpkdot.student_loss(weights, prediction, label, z_s, **teacher, **transport)
+        return {**terms, **{name: chosen == i for i, name in enumerate(followed)}}
 
     # Train it. Its file holds all that inference needs.
     seed_everything(run, "batches")
-    pace = "pkdot" if method == "pkdot" else "student"
-    how = ([(network, getattr(run, f"lr_{pace}"))], getattr(run, f"epochs_{pace}"), view, loss_of)
     about = {"method": method, "task": run.data.task, "names": run.data.names, "val": run.val}
     about.update(dim=run.dim, width=run.width, input_shape=list(run.data.visual.shape[1:]))
     about["trained_on"] = datasets.digest(run.data.visual)
-    fit(run, f"student_{method}", network, *how, [method], full, **about)
+    how = ([(network, run.lr_student)], run.epochs_student, view, loss_of, [method], full)
+    fit(run, f"student_{method}", network, *how, **about)
 
 
-# ---- evaluation: the student alone --------------------------------------------------------------
+# ---- evaluate: the student alone ----------------------------------------------------------------
 
 
 def evaluate(args):
@@ -583,39 +599,38 @@ def evaluate(args):
         about = (saved[key] for key in ("names", "task", "input_shape", "trained_on"))
         return models.load_student(saved), saved["val"].long(), *about
 
-    network, val, names, task, mine, trained_on = read(args.student, opened)
+    network, rows, names, task, shape, trained_on = read(args.student, opened)
+    classes = task == "classification"
     data = datasets.load(args, need_privileged=False, need_label=not args.predictions)
-    theirs = list(data.visual.shape[1:])
-    if theirs != mine:
-        refuse(f"{args.student} is for input shape {mine}; the data has {theirs}")
-
-    # On the data that it was trained with, only the validation rows say something.
-    own = datasets.digest(data.visual) == trained_on
-    rows = val if own else torch.arange(len(data.visual))
-    kind = "validation rows of its own data" if own else "rows, all, as they are not its own data"
-    print(f"{args.student}: {len(rows)} {kind}")
+    if list(data.visual.shape[1:]) != shape:
+        theirs = list(data.visual.shape[1:])
+        refuse(f"{args.student} is for input shape {shape}; the data has {theirs}")
+    own = datasets.digest(data.visual) == trained_on  # of these only the validation rows count
+    rows = rows if own else torch.arange(len(data.visual))
+    print(f"{args.student}: {len(rows)} {'validation rows of its own data' if own else 'rows'}")
     prediction = predict(args, network.to(args.device), data.visual, rows)[1]
+
     if args.predictions and processes()[0] == 0:
-        classes = task == "classification"
-        columns = prediction.softmax(1) if classes else prediction
-        header = ["prediction", *(f"p_{name}" for name in names)] if classes else names
         name_of = str if torch.is_tensor(data.visual) else data.visual.name
+        header = ["prediction", *(f"p_{name}" for name in names)] if classes else names
         with open(args.predictions, "w", newline="", errors="surrogateescape") as file:
             lines = csv.writer(file, lineterminator="\n")
             lines.writerow(["name", *header])
-            for row, values in zip(rows.tolist(), columns.tolist()):
-                chosen = [names[int(np.argmax(values))]] if classes else []
-                lines.writerow([name_of(row), *chosen, *values])
+            for row, values in zip(rows.tolist(), prediction):
+                chosen = [names[values.argmax()]] if classes else []
+                values = values.softmax(0) if classes else values
+                lines.writerow([name_of(row), *chosen, *values.tolist()])
         print(f"Predictions saved in {args.predictions}.")
+
     if data.label is not None:
         if data.task != task or not set(data.names) <= set(names):
             theirs = f"{data.task} of {data.names}"
             refuse(f"{args.student} knows {task} of {names}; the data is {theirs}")
         columns = torch.tensor([names.index(name) for name in data.names])
-        if data.task == "classification":
-            data, columns = data._replace(label=columns[data.label]), slice(None)
-        value = cell(score(data, prediction[:, columns], rows))
-        print(f"Score: {value}, {data.task} of {data.names}, from visual input alone.")
+        if classes:  # they may be fewer
+            data = data._replace(label=columns[data.label])
+        value = score(data, prediction if classes else prediction[:, columns], rows)
+        print(f"Score: {cell(value)}, {task} of {data.names}, from visual input alone.")
 
 
 # ---- report -------------------------------------------------------------------------------------
@@ -632,7 +647,7 @@ def collect(run):
             history += saved["history"]
             (report["students"] if "method" in saved else report).update(saved["scores"])
     followed = [row for row in history if row["model"] == "student_mtpkdot"]
-    for teacher in mtpkdot.TEACHERS if followed else ():
+    for teacher in ALL if followed else ():
         report["teacher_picks"][teacher] = float(np.mean([row[teacher] for row in followed]))
     return report, history
 
@@ -647,6 +662,10 @@ def merged(reports, statistic):
     return result
 
 
+def standard_error(values):
+    return float(stats.sem(values)) if len(values) > 1 else None
+
+
 def summary(args, data, reports):
     """What results.json holds: means and standard errors over the folds or, of several seeds, over
     the seeds; each student's paired differences to task and visual, with 95 % intervals."""
@@ -655,18 +674,17 @@ def summary(args, data, reports):
         units = [merged([r for r in reports if r["seed"] == seed], np.mean) for seed in seeds]
     metric = "accuracy" if data.task == "classification" else "ccc"
     result = {"dataset": args.dataset, "task": data.task, "metric": metric, "seed": args.seed}
-    error = lambda values: stats.sem(values) if len(values) > 1 else None  # noqa: E731
-    names = [name for group in ("data", *STAGES) for name in args.groups[group]]
-    result["arguments"] = {name: getattr(args, name) for name in names}
-    result.update(folds=reports, mean=merged(units, np.mean), stderr=merged(units, error))
+    result["arguments"] = {name: getattr(args, name) for name in names_of("data", *STAGES)}
+    result.update(folds=reports, mean=merged(units, np.mean), stderr=merged(units, standard_error))
     for other in ("task", "visual"):
         less = result[f"less_{other}"] = {}
         for method in result["mean"]["students"]:
             both = [u["students"] for u in units if {method, other} <= set(u["students"])]
             if len(both) > 1 and method != other:
-                gaps = [headline(s[method]) - headline(s[other]) for s in both]
-                margin, gap = stats.sem(gaps) * stats.t.ppf(0.975, len(gaps) - 1), np.mean(gaps)
-                less[method] = {"mean": gap, "low": gap - margin, "high": gap + margin}
+                gaps = [headline(scores[method]) - headline(scores[other]) for scores in both]
+                margin = standard_error(gaps) * stats.t.ppf(0.975, len(gaps) - 1)
+                mean = np.mean(gaps)
+                less[method] = {"mean": mean, "low": mean - margin, "high": mean + margin}
     return result
 
 
@@ -681,7 +699,9 @@ def cell(value, error=None):
 def show(args, data, result):
     """Print the scores, and each student's paired differences."""
     means, errors, picks = result["mean"], result["stderr"], result["mean"]["teacher_picks"]
-    unit = "accuracy in %" if data.task == "classification" else f"CCC of {'/'.join(data.names)}"
+    unit, scale, digits = "accuracy in %", 100, 1
+    if data.task == "regression":
+        unit, scale, digits = f"CCC of {'/'.join(data.names)}", 1, 3
     print(f"\n{unit} ± standard error; paired differences [95 % interval], * where that excludes 0")
     for model in [name for name in means if name not in ("tnet", "students", "teacher_picks")]:
         print(f"{model.replace('_', ' '):<30}{cell(means[model], errors[model])}")
@@ -690,10 +710,9 @@ def show(args, data, result):
         for other in ("task", "visual"):
             gap = result[f"less_{other}"].get(method)
             if gap:
-                scale, digits = (100, 1) if data.task == "classification" else (1, 3)
-                mean, *ends = (f"{scale * end:+.{digits}f}" for end in gap.values())
+                mean, low, high = (f"{scale * end:+.{digits}f}" for end in gap.values())
                 sure = "*" if gap["low"] * gap["high"] > 0 else " "
-                line += f"less {other} {mean} [{', '.join(ends)}] {sure}  "
+                line += f"less {other} {mean} [{low}, {high}] {sure}  "
         print(line.rstrip())
     if picks:
         shares = (f"{teacher.replace('_', ' ')} {share:.0%}" for teacher, share in picks.items())
@@ -703,86 +722,92 @@ def show(args, data, result):
 
 def draw(run, history):
     """history.png: loss above score, a line a fold. similarity.png: of clips in order of label."""
-    # The joint teacher's similarities beside those of the first student.
-    shown, rows = {}, run.val[torch.linspace(0, len(run.val) - 1, min(len(run.val), 240)).long()]
-    rows = rows[run.data.label[rows].view(len(rows), -1)[:, 0].argsort(stable=True)]
-    for method in [m for m in run.methods if m != "visual" and load(run, f"student_{m}")][:1]:
-        z = what_teachers_say(run, METHODS[method][0], embeddings(run)[rows])[0]
-        network = models.load_student(load(run, f"student_{method}")).to(run.device)
-        z_s = predict(run, network, run.data.visual, rows)[0]
-        shown = {"joint teacher": z[:, 0], f"student {method}": z_s}
-    if processes()[0] > 0:
-        return
     try:
-        import matplotlib
+        from matplotlib import figure
     except ImportError:
         return print("No pictures: they need matplotlib (pip install matplotlib).")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     names = dict.fromkeys(row["model"] for row in history)
-    _, axes = pyplot.subplots(2, len(names), figsize=(2.5 * len(names), 5), squeeze=False)
-    for (top, bottom), name in zip(axes.T, names):
-        top.set_title(name, fontsize=7)
-        for fold in dict.fromkeys(row["fold"] for row in history):
-            own = [row for row in history if (row["model"], row["fold"]) == (name, fold)]
-            top.plot([row["loss"] for row in own])
-            bottom.plot([row["score"] for row in own])
-    pyplot.savefig(run.out / "history.png")
-    if shown:
-        _, axes = pyplot.subplots(1, 2, figsize=(8, 4))
-        for axis, (title, z) in zip(axes, shown.items()):
+    picture = figure.Figure(figsize=(2.5 * len(names), 5))
+    axes = picture.subplots(2, len(names), squeeze=False)
+    for column, name in zip(axes.T, names):
+        column[0].set_title(name, fontsize=7)
+        for axis, value in zip(column, ("loss", "score")):
+            for fold in dict.fromkeys((row["seed"], row["fold"]) for row in history):
+                own = [r for r in history if (r["seed"], r["fold"], r["model"]) == (*fold, name)]
+                axis.plot([row[value] for row in own])
+    pictures = {"history": picture}
+
+    # The joint teacher's similarities beside those of the first student.
+    for method in [m for m in run.methods if m != "visual" and load(run, f"student_{m}")][:1]:
+        rows = run.val[torch.linspace(0, len(run.val) - 1, min(len(run.val), 240)).long()]
+        rows = rows[run.data.label[rows].view(len(rows), -1)[:, 0].argsort(stable=True)]
+        network = models.load_student(load(run, f"student_{method}")).to(run.device)
+        known = trained_teachers(run, METHODS[method][0])
+        z_j = predict(run, known, embeddings(run), rows)[0][:, 0]
+        z_s = predict(run, network, run.data.visual, rows)[0]
+        picture = pictures["similarity"] = figure.Figure(figsize=(8, 4))
+        shown = {"joint teacher": z_j, f"student {method}": z_s}
+        for axis, (name, z) in zip(picture.subplots(1, 2), shown.items()):
             axis.imshow(mtpkdot.similarity(z).numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
-            axis.set_title(f"cosine similarity, {title}")
-        pyplot.savefig(run.out / "similarity.png")
-    pyplot.close("all")
+            axis.set_title(f"cosine similarity, {name}")
+    for name, picture in pictures.items():
+        if processes()[0] == 0:
+            picture.savefig(run.out / f"{name}.png")
 
 
 # ---- main ---------------------------------------------------------------------------------------
 
 
-def train_all(args):
-    """All stages that are asked for, seed by seed and fold by fold, then the report."""
-    data, every, todo = datasets.load(args), [], STAGES if args.stage == "all" else [args.stage]
-    args.content = datasets.digest(data.visual, data.privileged, data.label, data.group, data.split)
-    if args.folds_by == "clip":
-        data = data._replace(group=None)
+def runs_of(args, data):
+    """A run for each seed and fold. A folder of other arguments or data is refused here."""
+    runs = []
     for seed in range(args.seed, args.seed + args.seeds):
-        reports, history = [], []
         folds = datasets.folds(data, args.folds, seed, args.train_rows, args.select == "train")
         if (args.fold or 0) >= len(folds):
             refuse(f"argument --fold: the folds are 0 to {len(folds) - 1}")
         for number, (train, choose, val) in enumerate(folds):
             run = argparse.Namespace(**vars(args))
-            vars(run).update(data=data, seed=seed, number=number)
-            vars(run).update(train=train, choose=choose, val=val)
-            run.out = args.out / f"seed{seed}" if args.seeds > 1 else args.out
-            run.folder = run.out / f"fold{number}"
-            run.label, run.place = lambda rows: data.label[rows].to(args.device), "a saved network"
+            run.data, run.seed, run.number = data, seed, number
+            run.train, run.choose, run.val = train, choose, val
+            run.folder = args.out / (f"seed{seed}" if args.seeds > 1 else "") / f"fold{number}"
+            run.place = "a saved network"
             if min(len(train), len(choose), len(val), args.batch_size) < 2 * processes()[1]:
                 refuse(f"fold {number} or a batch has too few rows for {processes()[1]} processes")
-            # A folder of another run is refused before anything is made.
-            files = sorted(run.folder.glob("student*.pt")) + sorted(run.folder.glob("*.pt"))
-            for name in [path.stem for path in files if "embedding" not in path.stem]:
-                load(run, name)
-            if args.fold in (None, number):
-                teachers(run) if "teachers" in todo else None
-                align(run) if "align" in todo else None
-                for method in args.methods if "student" in todo else ():
+            for path in sorted(run.folder.glob("*.pt"), reverse=True):
+                load(run, path.stem) if "embedding" not in path.stem else None
+            runs.append(run)
+    return runs
+
+
+def train_all(args):
+    """All stages that are asked for, seed by seed and fold by fold, then the report."""
+    data = datasets.load(args)
+    args.content = datasets.digest(data.visual, data.privileged, data.label, data.group, data.split)
+    if args.folds_by == "clip":
+        data = data._replace(group=None)
+    runs = runs_of(args, data)
+    for run in runs:
+        if args.fold in (None, run.number):
+            if args.stage in ("all", "teachers"):
+                teachers(run)
+            if args.stage in ("all", "align"):
+                align(run)
+            if args.stage in ("all", "student"):
+                for method in args.methods:
                     student(run, method)
-            report, rows = collect(run)
-            if rows:
-                last, reports, history = run, [*reports, report], history + rows
-        every += reports
-        columns, file = dict.fromkeys(key for row in history for key in row), io.StringIO()
-        lines = csv.DictWriter(file, columns, lineterminator="\n")
-        lines.writeheader()
-        lines.writerows(history)
-        write(run.out / "history.csv", file.getvalue().encode())
-        for folder, scored in {run.out: reports, args.out: every}.items():
-            text = json.dumps(result := summary(args, data, scored), indent=2)
-            write(folder / "results.json", f"{text}\n".encode())
-        draw(last, history)
+
+    # The report is of all folds that the folder has, not of this command's alone.
+    pairs = [(run, *collect(run)) for run in runs]
+    pairs = [(run, report, rows) for run, report, rows in pairs if rows]
+    last, history = pairs[-1][0], [row for _, _, rows in pairs for row in rows]
+    columns, file = dict.fromkeys(key for row in history for key in row), io.StringIO()
+    lines = csv.DictWriter(file, columns, lineterminator="\n")
+    lines.writeheader()
+    lines.writerows(history)
+    write(args.out / "history.csv", file.getvalue().encode())
+    result = summary(args, data, [report for _, report, _ in pairs])
+    write(args.out / "results.json", f"{json.dumps(result, indent=2)}\n".encode())
+    draw(last, history)
     show(args, data, result)
 
 
