@@ -174,7 +174,8 @@ class RawView(Dataset):
     def __getitem__(self, rows):
         files = [self.files[self.of[row]] for row in rows]
         batch = torch.stack([self.clip(file, row) for file, row in zip(files, rows)])
-        for i in np.flatnonzero(~batch.flatten(1).isfinite().all(1)):
+        bad = ~batch.flatten(1).isfinite().all(1) if batch.is_floating_point() else []
+        for i in np.flatnonzero(bad):
             raise DataError(f"{files[i]}: holds NaN or too large values")
         return batch
 

@@ -143,8 +143,7 @@ def ot_loss(
     if shift:
         S_t, S_s = S_t - S_t.min(), S_s - S_s.min()
     rows_t, rows_s = S_t.gather(1, columns), S_s.gather(1, columns)
-    settings = {"eps": eps, "debias": debias, "tol": tol, "max_iter": max_iter}
-    return sinkhorn_divergence(rows_t, rows_s, p=2, **settings)
+    return sinkhorn_divergence(rows_t, rows_s, eps=eps, debias=debias, tol=tol, max_iter=max_iter)
 
 
 def centroid_loss(S_t, S_s):
@@ -166,10 +165,11 @@ def student_loss(weights, prediction, label, z_s, z_t, prediction_t, **transport
     term unweighted. Source: released code, 0.8 task + 0.2 ot, + 0.2 centroid commented out.
     """
     z_t, prediction_t = z_t.detach(), prediction_t.detach()
+    S_t, S_s = similarity(z_t), similarity(z_s)
     compute = {
         "task": lambda: task_loss(prediction, label),
-        "ot": lambda: ot_loss(similarity(z_t), similarity(z_s), **transport),
-        "centroid": lambda: centroid_loss(similarity(z_t), similarity(z_s)),
+        "ot": lambda: ot_loss(S_t, S_s, **transport),
+        "centroid": lambda: centroid_loss(S_t, S_s),
         "mse": lambda: F.mse_loss(z_s, z_t),
         "cosine": lambda: cosine_distance(z_s, z_t),
         "rkd": lambda: relational(z_s, z_t),

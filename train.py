@@ -602,8 +602,8 @@ def evaluate(args):
     network, rows, names, task, shape, trained_on = read(args.student, opened)
     classes = task == "classification"
     data = datasets.load(args, need_privileged=False, need_label=not args.predictions)
-    if list(data.visual.shape[1:]) != shape:
-        theirs = list(data.visual.shape[1:])
+    theirs = list(data.visual.shape[1:])
+    if theirs != shape:
         refuse(f"{args.student} is for input shape {shape}; the data has {theirs}")
     own = datasets.digest(data.visual) == trained_on  # of these only the validation rows count
     rows = rows if own else torch.arange(len(data.visual))
@@ -613,13 +613,13 @@ def evaluate(args):
     if args.predictions and processes()[0] == 0:
         name_of = str if torch.is_tensor(data.visual) else data.visual.name
         header = ["prediction", *(f"p_{name}" for name in names)] if classes else names
+        columns = prediction.softmax(1) if classes else prediction
         with open(args.predictions, "w", newline="", errors="surrogateescape") as file:
             lines = csv.writer(file, lineterminator="\n")
             lines.writerow(["name", *header])
-            for row, values in zip(rows.tolist(), prediction):
-                chosen = [names[values.argmax()]] if classes else []
-                values = values.softmax(0) if classes else values
-                lines.writerow([name_of(row), *chosen, *values.tolist()])
+            for row, values in zip(rows.tolist(), columns.tolist()):
+                chosen = [names[int(np.argmax(values))]] if classes else []
+                lines.writerow([name_of(row), *chosen, *values])
         print(f"Predictions saved in {args.predictions}.")
 
     if data.label is not None:
