@@ -128,32 +128,30 @@ def _refuse_rows(path, key, bad, what):
         raise DataError(f"{path}: {key} row {row} holds {what}; mend it")
 
 
-def synthetic(seed=0, people=60, clips=24, size=32, frames=4):
+def synthetic(seed=0, people=60, clips=24, size=24):
     """A problem like Aff-Wild2, drawn in memory. Source: ours; it says nothing about real faces.
 
-    Valence and arousal wander from clip to clip. A mouth curves with valence, eyes open with
-    arousal. A voice's harmonics lie by arousal, fall off by valence, and have less noise. Faces are
-    (N, 3, frames, size, size) uint8, voices (N, 1, size, size) float32.
+    Valence and arousal wander from clip to clip. Faces are (N, 3, 2, size, size) uint8, voices
+    (N, 1, size, size) float32, with less noise.
     """
     normal = functools.partial(torch.randn, generator=torch.Generator().manual_seed(seed))
     group, count = np.repeat(np.arange(people), clips), people * clips
     label = (0.3 * normal(people, clips, 2)).cumsum(1).tanh().flatten(0, 1)
-
-    # The face, (N, frames, size, size): an oval less eyes and mouth.
-    shown = label.view(count, 1, 2) + 0.3 * normal(count, frames, 2)
-    valence, arousal = shown.movedim(2, 0).view(2, count, frames, 1, 1)
     x = torch.linspace(-1, 1, size)
     y = x.view(size, 1)
+
+    # A face is an oval less eyes, which open with arousal, and a mouth, which curves with valence.
+    valence, arousal = label.T.view(2, count, 1, 1, 1) + 0.3 * normal(2, count, 2, 1, 1)
     oval = (x / 0.75) ** 2 + (y / 0.9) ** 2 < 1
     eyes = (x.abs() - 0.35) ** 2 / 0.02 + (y + 0.25) ** 2 / (0.15 + 0.07 * arousal) ** 2
     mouth = (y - 0.42 + 0.9 * valence * (x**2 - 0.12)) ** 2 / 0.008 + (x / 0.55) ** 4
     face = 0.6 * oval - 0.4 * (-eyes).exp() - 0.4 * (-mouth).exp()
-    face = face + 0.1 * normal(count, frames, size, size)
+    face = face + 0.1 * normal(count, 2, size, size)
     face = (255 * face.clamp(0, 1)).byte().unsqueeze(1).expand(-1, 3, -1, -1, -1)
 
-    # The voice, (N, 1, frequency, time).
+    # A voice has harmonics, which lie by arousal and fall off by valence.
     valence, arousal = (label + 0.1 * normal(count, 2)).T.view(2, count, 1, 1, 1)
-    height = torch.arange(size).view(size, 1) / size
+    height = (y + 1) / 2
     harmonics = (2 * math.pi * height / (0.22 + 0.06 * arousal)).cos()
     voice = harmonics * (height * (valence - 2)).exp() + 0.1 * normal(count, 1, size, size)
     return TwoView(face, voice, label, AFFECT, group, split=group % 3 > 0)

@@ -5,6 +5,7 @@ torch, numpy, scipy and pytest; POT joins in where it is installed, CUDA where t
 """
 
 import functools
+import itertools
 import math
 import os
 import subprocess
@@ -149,40 +150,17 @@ def test_hard_problem_against_float64(dtype):
     assert (plan.double() - P).norm() <= 1e-3 * P.norm()
 
 
-def test_against_pot():
-    ot = pytest.importorskip("ot")
-    C, a, b = problem(20, 30)
-    settings = dict(stopThr=1e-12, numItermax=20_000)
-    P = ot.bregman.sinkhorn_log(a.numpy(), b.numpy(), C.numpy(), 0.05, **settings)
-    assert np.abs(sinkhorn_plan(C, a, b, eps=0.05, tol=1e-10).numpy() - P).max() < 1e-9
-
-
 # ---- closed forms --------------------------------------------------------------------------------
-
-
-def test_one_point_has_no_choice():
-    C, _, b = problem(1, 6)
-    for eps in (1e-3, 1, 10):
-        close(entropic_ot(C, None, b, eps=eps), (C[0] * b).sum())
-        close(sinkhorn_plan(C, None, b, eps=eps), b[None])
 
 
 def test_two_by_two_closed_form():
     c, eps = 0.7, 0.2
     stay = 0.5 / (1 + math.exp(-c / eps))
-    move = 0.5 - stay
-    C = torch.tensor([[0, c], [c, 0]], dtype=F64)
+    C, move = torch.tensor([[0, c], [c, 0]], dtype=F64), 0.5 - stay
     plan = torch.tensor([[stay, move], [move, stay]], dtype=F64)
     close(sinkhorn_plan(C, eps=eps, tol=1e-12), plan)
     value = 2 * move * c + eps * 2 * (stay * math.log(4 * stay) + move * math.log(4 * move))
     assert abs(float(entropic_ot(C, eps=eps, tol=1e-12)) - value) < 1e-12
-
-
-def test_eps_to_infinity_is_the_independent_coupling():
-    C, a, b = problem(6, 9)
-    P = a[:, None] * b
-    close(sinkhorn_plan(C, a, b, eps=1e6), P, rtol=1e-5, atol=0)
-    close(entropic_ot(C, a, b, eps=1e6), (C * P).sum(), rtol=1e-5, atol=0)
 
 
 @both_costs
@@ -200,14 +178,6 @@ def test_divergence_of_equal_clouds_is_zero_with_zero_gradient(p):
         value = sinkhorn_divergence(x, other, p=p, eps=0.05, tol=1e-10, max_iter=10_000)
         (grad,) = torch.autograd.grad(value, x)
         assert abs(value.item()) < 1e-12 and float(grad.abs().max()) < 1e-8
-
-
-@both_costs
-def test_divergence_is_positive_and_symmetric(p):
-    x, y, a, b = rand(1, 15, 4), rand(2, 22, 4) + 0.3, simplex(3, 15), simplex(4, 22)
-    there = sinkhorn_divergence(x, y, a, b, p=p, eps=0.1, tol=1e-9)
-    close(there, sinkhorn_divergence(y, x, b, a, p=p, eps=0.1, tol=1e-9))
-    assert float(there) > 0.01
 
 
 # ---- the laws of the problem ---------------------------------------------------------------------
@@ -238,13 +208,16 @@ def test_marginals_and_reported_error(eps, dtype, device):
     close(plan, P.to(dtype), rtol=1e-3, atol=1e-7)
 
 
-def test_value_is_primal_and_dual():
-    (C, a, b), eps = problem(8, 12), 0.05
-    P = sinkhorn_plan(C, a, b, eps=eps, tol=1e-11)
-    f, g, *_ = sinkhorn_potentials(C, a, b, eps=eps, tol=1e-11)
-    value = entropic_ot(C, a, b, eps=eps, tol=1e-11)
-    close(value, (P * C).sum() + eps * (P * (P / (a[:, None] * b)).log()).sum())
-    close(value, (a * f).sum() + (b * g).sum())
+@pytest.mark.parametrize("eps", [0.05, 1e-2, 1e-3, 3e-4])
+def test_value_is_primal_and_dual(eps):
+    """geomloss issue 58: at small eps too."""
+    C, a, b = squared_cost(*unit_clouds(n=60)), simplex(2, 60), simplex(3, 60)
+    settings = dict(eps=eps, tol=1e-8, max_iter=50_000)
+    C = C / C.max()
+    P, (f, g, *_) = sinkhorn_plan(C, a, b, **settings), sinkhorn_potentials(C, a, b, **settings)
+    value = entropic_ot(C, a, b, **settings)
+    primal = (P * C).sum() + eps * torch.xlogy(P, P / (a[:, None] * b)).sum()
+    close([(a * f).sum() + (b * g).sum(), primal], [value, value], rtol=0, atol=1e-7)
     close((a * f).sum(), (b * g).sum())  # the gauge promised
 
 
@@ -275,26 +248,13 @@ def test_shift_and_scale_laws():
     close(sinkhorn_plan(shifted, a, b, **settings), plan)
     for scale in (1e-4, 30, 1e4):
         close(entropic_ot(scale * C, a, b, eps=scale * 0.05, tol=1e-10), scale * value)
-    close(sinkhorn_plan(C, 7 * a, 7 * b, **settings), 7 * plan)
+    for mass in (1e-6, 7, 1e5):
+        many = sinkhorn_potentials(C, mass * a, mass * b, **settings)
+        assert bool(many.converged) and float(many.error) <= 1e-10 * mass
+        close(sinkhorn_plan(C, mass * a, mass * b, **settings), mass * plan)
     mirrored = sinkhorn_potentials(C.T, b, a, eps=0.05, tol=1e-11)
     straight = sinkhorn_potentials(C, a, b, eps=0.05, tol=1e-11)
     close(mirrored.g, straight.f, rtol=0, atol=1e-9)
-
-
-def test_zero_weights_carry_nothing():
-    (C, a, b), settings = problem(6, 7), dict(eps=0.02, tol=1e-9)
-    a[[0, 3]], b[6] = 0, 0
-    a, b = a / a.sum(), b / b.sum()
-    some_a, some_b = a > 0, b > 0
-    small = entropic_ot(C[some_a][:, some_b], a[some_a], b[some_b], **settings)
-    C.requires_grad_()
-    value = entropic_ot(C, a, b, **settings)
-    value.backward()
-    close(value, small)
-    got = sinkhorn_potentials(C, a, b, **settings)
-    assert bool(got.f.isfinite().all() and got.g.isfinite().all() and got.converged)
-    assert float(C.grad[~some_a].abs().max()) == float(C.grad[:, ~some_b].abs().max()) == 0
-    close(C.grad, sinkhorn_plan(C, a, b, **settings))
 
 
 @both_types
@@ -316,30 +276,10 @@ def test_padding_with_far_points_of_no_weight_changes_nothing(eps, dtype):
     grads, (grad,) = torch.autograd.grad(value, inputs), torch.autograd.grad(want, small)
     assert all(bool(g.isfinite().all()) for g in grads) and float(grads[0][8:].abs().max()) == 0
     close(grads[0][:8], grad, rtol=1e-2, atol=1e-4)
-    plan = sinkhorn_plan(squared_cost(padded(x), padded(y)), padded(a), padded(b), **settings)
+    costs = squared_cost(padded(x), padded(y)), padded(a), padded(b)
+    plan, got = sinkhorn_plan(*costs, **settings), sinkhorn_potentials(*costs, **settings)
     assert float(plan[8:].max()) == float(plan[:, 6:].max()) == 0
-
-
-@both_types
-@pytest.mark.parametrize("mass", [1e-6, 1e-2, 50, 1e5])
-def test_any_total_mass_is_solved_alike(mass, dtype):
-    C, a, b = problem(30, 40, dtype)
-    one = sinkhorn_potentials(C, a, b, eps=0.05)
-    many = sinkhorn_potentials(C, mass * a, mass * b, eps=0.05)
-    assert bool(many.converged) and float(many.error) <= 1e-4 * mass
-    assert abs(many.n_iter - one.n_iter) <= 10
-    plan = sinkhorn_plan(C, mass * a, mass * b, eps=0.05)
-    close(plan / mass, sinkhorn_plan(C, a, b, eps=0.05), rtol=1e-3, atol=1e-6)
-
-
-@pytest.mark.parametrize("eps", [1, 1e3, 1e6])
-def test_large_eps_in_float32_is_exact(eps):
-    C, a, b = problem(20, 30, F32)
-    want = entropic_ot(C.double(), a.double(), b.double(), eps=eps, tol=1e-12)
-    got = entropic_ot(C, a, b, eps=eps)
-    assert abs(float(got) - float(want)) <= 1e-6
-    types = got.dtype, sinkhorn_plan(C, eps=eps).dtype, sinkhorn_potentials(C, eps=eps).f.dtype
-    assert types == (F32, F32, F32)
+    assert bool(got.f.isfinite().all() and got.g.isfinite().all() and got.converged)
 
 
 @both_costs
@@ -351,8 +291,8 @@ def test_coincident_and_single_points(p, debias):
         value = sinkhorn_divergence(x, y, p=p, eps=0.1, debias=debias)
         (grad,) = torch.autograd.grad(value, x)
         assert math.isfinite(value.item()) and bool(grad.isfinite().all())
-    want = math.sqrt(2) if p == 1 else 1
-    assert abs(float(sinkhorn_divergence(*single, p=p, debias=debias)) - want) < 1e-6
+    want = torch.tensor(math.sqrt(2) if p == 1 else 1.0)
+    close(sinkhorn_divergence(*single, p=p, debias=debias), want)
 
 
 # ---- random problems -----------------------------------------------------------------------------
@@ -385,11 +325,11 @@ def random_problem(seed):
     return C, a, b, scale * 10 ** g.uniform(-4, 1), g
 
 
-def value_or_warning(*problem, **settings):
-    """The value, and whether there was a warning that the iteration has not converged."""
+def quietly(function, *arguments, **settings):
+    """What it returns, and whether it warned that the iteration has not converged."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        return entropic_ot(*problem, **settings), len(caught) > 0
+        return function(*arguments, **settings), len(caught) > 0
 
 
 @pytest.mark.parametrize("part", range(10))
@@ -401,13 +341,11 @@ def test_random_problems(part):
         spread, settings = float(C.max() - C.min()), {"eps": eps, "tol": 1e-4, "max_iter": 300}
         rows, columns = g.permutation(C.shape[-2]), g.permutation(C.shape[-1])
         permuted = C[..., rows, :][..., columns], a[..., rows], b[..., columns]
-        value, _ = value_or_warning(C, a, b, **settings)
-        others = [value_or_warning(*other, **settings) for other in ((C.mT, b, a), permuted)]
-        raised, warned = value_or_warning(C + spread, a, b, **settings)
-        others.append((raised - spread, warned))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)
-            got = sinkhorn_potentials(C, a, b, **settings)
+        value, _ = quietly(entropic_ot, C, a, b, **settings)
+        same = (C.mT, b, a), permuted, (C + spread, a, b)
+        others = [quietly(entropic_ot, *other, **settings) for other in same]
+        others[2] = others[2][0] - spread, others[2][1]
+        got = quietly(sinkhorn_potentials, C, a, b, **settings)[0]
         finite = [got.f, got.g, got.error, value, *(other for other, _ in others)]
         assert all(bool(t.isfinite().all()) for t in finite), seed
         _, error = plan_of(got, C, a, b, eps)
@@ -432,16 +370,13 @@ def test_random_problems(part):
 def test_a_loose_tolerance_is_kept_as_well(tol):
     """In float32, whose exponents potentials leave within a few sweeps where eps is small."""
     for seed in range(PROBLEMS // 2):
-        C, a, b, eps, _ = random_problem(seed)
-        C, a, b = C.float(), a.float(), b.float()
-        if any(bool(((w > 0) & (w < 1e-20)).any()) for w in (a, b)):
+        *problem, eps, _ = random_problem(seed)
+        C, a, b = (t.float() for t in problem)
+        if bool(((a > 0) & (a < 1e-20)).any() or ((b > 0) & (b < 1e-20)).any()):
             continue  # the plan between two such points is not seen in a float32 sum
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)
-            got = sinkhorn_potentials(C, a, b, eps=eps, tol=tol, max_iter=300)
+        got = quietly(sinkhorn_potentials, C, a, b, eps=eps, tol=tol, max_iter=300)[0]
         _, error = plan_of(got, C, a, b, eps)
-        good = (error - got.error).abs() <= 0.06 * (error + tol)
-        assert bool(good.all()), (seed, error, got.error)
+        assert bool(((error - got.error).abs() <= 0.06 * (error + tol)).all()), (seed, got.error)
 
 
 def test_random_divergences_are_not_negative_and_zero_on_equal_clouds():
@@ -450,12 +385,14 @@ def test_random_divergences_are_not_negative_and_zero_on_equal_clouds():
         n, m, d, dtype = *g.integers(1, 60, 2), g.integers(1, 5), [F32, F64][g.integers(2)]
         x, y = (torch.tensor(g.normal(size=(k, d)), dtype=dtype) for k in (n, m))
         p, eps = int(g.integers(1, 3)), 10 ** g.uniform(-3, 1)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)
-            settings = dict(p=p, eps=eps, tol=1e-5, max_iter=2000)
-            value, same = (float(sinkhorn_divergence(x, t, **settings)) for t in (y, x.clone()))
+        settings = dict(p=p, eps=eps, tol=1e-5, max_iter=2000)
+        pairs = (x, y), (x, x.clone()), (y, x)
+        value, same, back = (
+            float(quietly(sinkhorn_divergence, *pair, **settings)[0]) for pair in pairs
+        )
         scale = float(torch.cdist(x, y).max()) ** p + eps
-        assert value >= -1e-4 * scale and abs(same) <= 1e-4 * scale, (seed, value, same)
+        assert value >= -1e-4 * scale, (seed, value)
+        assert max(abs(same), abs(back - value)) <= 1e-4 * scale, (seed, value, same, back)
 
 
 # ---- what users of other libraries ran into ------------------------------------------------------
@@ -466,20 +403,9 @@ def test_random_divergences_are_not_negative_and_zero_on_equal_clouds():
 def test_two_close_clouds_have_no_negative_divergence(p, dtype):
     """geomloss issues 24 and 25."""
     x, step = rand(1, 200, 3, dtype=dtype), rand(2, 200, 3, dtype=dtype)
-    for distance in (1e-6, 1e-4, 1e-2):
-        for eps in (1e-3, 1e-2, 1):
-            value = sinkhorn_divergence(x, x + distance * step, p=p, eps=eps, max_iter=5000)
-            assert float(value) >= -1e-6 * (1 if dtype == F32 else 0.1)
-
-
-@pytest.mark.parametrize("eps", [1e-2, 1e-3, 3e-4])
-def test_plan_and_dual_value_agree_at_small_eps(eps):
-    """geomloss issue 58: <C, P> + eps KL(P | a b^T), of the plan, is the value."""
-    C = squared_cost(*unit_clouds(n=60))
-    C = C / C.max()
-    P = sinkhorn_plan(C, eps=eps, tol=1e-6, max_iter=50_000)
-    primal = (P * C).sum() + eps * torch.xlogy(P, P * 60 * 60).sum()
-    assert abs(float(primal - entropic_ot(C, eps=eps, tol=1e-6, max_iter=50_000))) <= 1e-6
+    for distance, eps in itertools.product((1e-6, 1e-4, 1e-2), (1e-3, 1e-2, 1)):
+        value = sinkhorn_divergence(x, x + distance * step, p=p, eps=eps, max_iter=5000)
+        assert float(value) >= -1e-6 * (1 if dtype == F32 else 0.1)
 
 
 @both_costs
@@ -501,19 +427,16 @@ def test_costs_too_large_to_keep_give_the_same(p, monkeypatch):
 
 
 MEMORY = """
-import torch; from sinkhorn import sinkhorn_divergence
-def peak():
-    lines = open('/proc/self/status').readlines()
-    return int([line.split()[1] for line in lines if line.startswith('VmHWM')][0])
-before = peak()
-g = torch.Generator().manual_seed(0)
+import resource, torch; from sinkhorn import sinkhorn_divergence
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before, g = peak(), torch.Generator().manual_seed(0)
 x, y = (torch.rand(20_000, 30, generator=g) / 30**0.5 for _ in range(2))
 sinkhorn_divergence(x.requires_grad_(), y, eps=0.1, tol=1e-2, debias=False).backward()
 print(peak() - before)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read there")
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is in KiB there")
 def test_twenty_thousand_points_in_two_gigabytes():
     folder, command = Path(sinkhorn.__file__).parent, [sys.executable, "-c", MEMORY]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
@@ -557,19 +480,7 @@ def test_second_derivatives_are_refused():
 
 
 @every_device
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_types_are_computed_in_float32(dtype, device):
-    x, y = (rand(1, n, 3).to(device, dtype) for n in (10, 12))
-    value = sinkhorn_divergence(x.requires_grad_(), y, eps=0.1)
-    close(value, sinkhorn_divergence(x.float(), y.float(), eps=0.1))
-    value.backward()
-    assert x.grad.dtype == dtype and bool(x.grad.isfinite().all())
-    weight = simplex(3, 10).to(device, dtype)
-    assert sinkhorn_plan(rand(4, 10, 12).to(device, dtype), weight, eps=0.1).dtype == F32
-
-
-@every_device
-def test_strided_input_and_no_grad_and_autocast(device):
+def test_kinds_of_tensors_and_contexts(device):
     C, x, y = (rand(n, 9, n, dtype=F32).to(device) for n in (6, 3, 3))
     close(sinkhorn_plan(C.T, eps=0.05), sinkhorn_plan(C.T.contiguous(), eps=0.05))
     value = sinkhorn_divergence(x, y + 0.1, eps=0.05)
@@ -577,6 +488,13 @@ def test_strided_input_and_no_grad_and_autocast(device):
     for context in (torch.no_grad(), torch.inference_mode(), autocast):
         with context:
             close(sinkhorn_divergence(x, y + 0.1, eps=0.05), value)
+    for dtype in (torch.float16, torch.bfloat16):  # computed in float32
+        half, weight = x.to(dtype).requires_grad_(), simplex(3, 9).to(device, dtype)
+        value = sinkhorn_divergence(half, y.to(dtype), eps=0.1)
+        close(value, sinkhorn_divergence(half.float(), y.to(dtype).float(), eps=0.1))
+        value.backward()
+        assert half.grad.dtype == dtype and bool(half.grad.isfinite().all())
+        assert sinkhorn_plan(C.to(dtype), weight, eps=0.1).dtype == F32
 
 
 def test_works_inside_torch_compile():
@@ -609,34 +527,25 @@ TENSOR = "must be a non-empty floating point tensor of"
 WEIGHTS = "must be >= 0, with a positive total"
 BAD = [
     (dict(C=torch.ones(3)), f"C {TENSOR} 2 dimensions or more, not torch.float32 of shape"),
-    (dict(C=torch.ones(0, 4)), f"C {TENSOR}"),
     (dict(C=np.ones((3, 4))), f"C {TENSOR} 2 dimensions or more, not ndarray"),
     (dict(C=C34.long()), f"C {TENSOR} 2 dimensions or more, not torch.int64"),
-    (dict(C=torch.tensor([[1, math.nan]])), "C holds NaN or infinite"),
     (dict(C=torch.tensor([[1, math.inf]])), "C holds NaN or infinite"),
     (dict(C=C34, a=torch.ones(4) / 4), f"a {WEIGHTS} and of shape"),
-    (dict(C=C34, a=torch.ones(1)), f"a {WEIGHTS} and of shape"),
     (dict(C=C34, b=torch.ones(2, 4) / 4), f"b {WEIGHTS} and of shape"),
-    (dict(C=C34.expand(5, 3, 4), b=torch.ones(2, 4) / 4), f"b {WEIGHTS} and of shape"),
     (dict(C=C34, a=torch.tensor([0.5, 1, -0.5])), "a must be >= 0"),
     (dict(C=C34, b=torch.zeros(4)), f"b {WEIGHTS}"),
     (dict(C=C34, b=torch.tensor([0.5, 0.5, math.nan, 0])), "b holds NaN"),
     (dict(C=C34, b=AWAY), "b is on meta, the other arguments on cpu"),
     (dict(C=C34, a=torch.ones(3)), "equal total mass, not 3 and 1"),
     (dict(C=C34, eps=0), "eps must be positive"),
-    (dict(C=C34, eps=-1), "eps must be positive"),
     (dict(C=C34, eps=math.nan), "eps must be positive"),
     (dict(C=C34, eps=1e-42), "eps = 1e-42 is too small"),
     (dict(C=C34, tol=-1), "tol >= 0"),
     (dict(C=C34, max_iter=0), "max_iter >= 1"),
     (dict(x=X32, y=C34), "points of one dimension"),
     (dict(x=X32.expand(5, 3, 2), y=X32.expand(4, 3, 2)), "broadcast, not .5, 3, 2. and .4, 3, 2."),
-    (dict(x=X32, y=torch.ones(3)), f"y {TENSOR}"),
-    (dict(x=X32, y=X32 * math.inf), "y holds NaN or infinite"),
     (dict(x=X32, y=X32 * 1e30), "too small for costs as large as"),
-    (dict(x=X32, y=X32, a=torch.ones(2) / 2), f"a {WEIGHTS} and of shape"),
     (dict(x=X32, y=X32, p=3), "p must be 1 or 2, not 3"),
-    (dict(x=X32, y=AWAY.expand(3, 4)), "y is on meta, the other arguments on cpu"),
 ]
 
 
@@ -650,16 +559,14 @@ def test_bad_input_is_named(arguments, message):
 
 # ---- python test_sinkhorn.py: ours beside other libraries ----------------------------------------
 
-ROUNDS, PATIENCE = 20, 15  # calls of a contender; at least three, once they took that many seconds
+ROUNDS, PATIENCE = 20, 15  # calls of a contender, as long as they take no more seconds in all
 ADEQUATE = 1e-3  # relative error of the value
 
 
 def benchmark(device):
-    """Milliseconds, errors against float64 and peak memory, medians over rounds, in turn."""
+    """Milliseconds forward and backward, medians over rounds, in turn; errors against float64."""
     threads = f"torch {torch.__version__}, {torch.get_num_threads()} threads; ours at tol 1e-2"
-    print(f"{device_name(device)}, {threads}")
-    numbers = f"{'forward':>9}{'and back':>10}{'value off':>11}{'gradient':>10}{'MiB':>7}"
-    print(f"{'problem':26}{'eps':>6}  {'':20}{numbers}")
+    print(f"{device}, {threads}\n{'problem':26}{'eps':>6}{'ms':>30}{'value off':>11}{'gradient':>10}")
     batch = [torch.stack(side) for side in zip(*(unit_clouds(seed) for seed in range(64)))]
     for name, problem in [
         ("student's step, 128 x 30", similarity_clouds()),
@@ -681,27 +588,20 @@ def half_squares(x, y):
 
 def compare(name, problem, eps):
     tol = 1e-10 if problem[0].shape[-2] <= 1024 else 1e-6
-    want = timed(ours(problem, eps, tol, 100_000), problem)[2:]
+    _, *want = timed(ours(problem, eps, tol, 100_000), problem)
     single = [t.float() for t in problem]
     contenders = {"ours": ours(single, eps, 1e-2, 1000), **peers(single, eps, want[0])}
-    times, off, memory = {label: [] for label in contenders}, {}, {}
-    for label, call in contenders.items():
-        got = timed(call, single)[2:]
+    off, times = {}, {label: [] for label in contenders}
+    for label, call in contenders.items():  # the first call is not counted
+        got = timed(call, single)[1:]
         off[label] = [float((g.double() - w).norm() / w.norm()) for g, w in zip(got, want)]
-        memory[label] = peak_memory(call, single) / 2**20
-    for round in range(ROUNDS):
-        for label in list(contenders) if round % 2 else reversed(contenders):
-            if len(times[label]) < 3 or sum(both for _, both in times[label]) < PATIENCE:
-                times[label].append(timed(contenders[label], single)[:2])
-    median = {label: np.median(t, axis=0) for label, t in times.items()}
-    good = [median[name][1] for name in times if off[name][0] <= ADEQUATE and name != "ours"]
-    for label, (forward, both) in median.items():
-        note = f"{len(times[label])} rounds" if len(times[label]) < ROUNDS else ""
-        if label == "ours":
-            note = f"{both / min(good):.2f} of the fastest adequate" if good else "none adequate"
-        value, gradient = off[label]
-        numbers = f"{1e3 * forward:9.2f}{1e3 * both:10.2f}{value:11.0e}{gradient:10.0e}"
-        print(f"{name}  {label:20}{numbers}{memory[label]:7.1f}  {note}", flush=True)
+    for _ in range(ROUNDS):
+        for label, call in contenders.items():
+            if sum(times[label]) < PATIENCE:
+                times[label].append(timed(call, single)[0])
+    for label, (value, gradient) in off.items():
+        numbers = f"{1e3 * np.median(times[label]):9.2f}{value:11.0e}{gradient:10.0e}"
+        print(f"{name}  {label:19}{numbers}", flush=True)
 
 
 def ours(problem, eps, tol, max_iter):
@@ -730,7 +630,7 @@ def peers(problem, eps, value):
         return found
     for tol in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6):
         call = pot(ot, problem, eps, tol)
-        _, seconds, got, _ = timed(call, problem)
+        seconds, got, _ = timed(call, problem)
         if abs(float(got) / float(value) - 1) <= ADEQUATE or seconds > PATIENCE / 3:
             break
     return {**found, f"POT, {tol:g}": call}
@@ -754,41 +654,16 @@ def pot(ot, problem, eps, tol):
 
 
 def timed(call, problem):
-    """Seconds of the forward pass alone and with the backward pass, value, gradient."""
+    """Seconds of the forward and the backward pass, value, gradient."""
     wait = torch.cuda.synchronize if problem[0].is_cuda else lambda: None
     first = problem[0].clone().requires_grad_()
     with warnings.catch_warnings(action="ignore"):
         wait()
         start = time.perf_counter()
         value = call(first)
-        wait()
-        forward = time.perf_counter() - start
         value.backward()
         wait()
-        return forward, time.perf_counter() - start, value.detach(), first.grad
-
-
-def peak_memory(call, problem):
-    """Most bytes that torch held at a time beyond the input, forward and backward."""
-    if problem[0].is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        timed(call, problem)
-        return torch.cuda.max_memory_allocated() - before
-    cpu = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
-        timed(call, problem)
-    events = profile.profiler.kineto_results.events()
-    held = np.cumsum([event.nbytes() for event in events if event.name() == "[memory]"])
-    return held.max()
-
-
-def device_name(device):
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "CPU")
+        return time.perf_counter() - start, value.detach(), first.grad
 
 
 if __name__ == "__main__":
