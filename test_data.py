@@ -92,27 +92,18 @@ def test_load_by_name():
             load(Namespace(dataset=name, data=None, **how))
 
 
-def test_synthetic_is_people_in_time_within_the_range_of_the_labels():
-    data = synthetic(0)
-    assert data.task == "regression" and data.names == ["valence", "arousal"]
-    assert data.visual.shape == (1440, 3, 4, 32, 32) and data.visual.dtype == torch.uint8
-    assert data.privileged.shape == (1440, 1, 32, 32) and data.privileged.dtype == torch.float32
-    for person in range(60):
-        assert len(set(data.split[data.group == person])) == 1
-    assert float(data.label.abs().max()) <= 1
-    assert synthetic(0).visual.equal(data.visual) and not synthetic(1).visual.equal(data.visual)
-
-
 def test_synthetic_faces_smile_with_valence_and_the_voice_rises_with_arousal():
     data = synthetic(0)
-    frames = data.visual[:, 0].float().mean(1)  # (N, 32, 32)
-    rows = frames[:, 18:27].argmin(1).float()  # the darkest row of each column is the mouth's
-    corners = rows[:, [9, 10, 21, 22]].mean(1)
-    smile = rows[:, 14:18].mean(1) - corners  # how far they are above its middle
-    assert np.corrcoef(smile, data.label[:, 0])[0, 1] > 0.7
-    spectrum = data.privileged[:, 0].mean(2)
-    first = spectrum[:, 4:14].argmax(1).float()  # the first harmonic
-    assert np.corrcoef(first, data.label[:, 1])[0, 1] > 0.7
+    assert data.visual.shape == (1440, 3, 2, 24, 24) and data.visual.dtype == torch.uint8
+    assert data.privileged.shape == (1440, 1, 24, 24) and data.privileged.dtype == torch.float32
+    assert data.names == ["valence", "arousal"] and float(data.label.abs().max()) <= 1
+    assert not set(data.group[data.split]) & set(data.group[~data.split])
+    assert synthetic(0).visual.equal(data.visual) and not synthetic(1).visual.equal(data.visual)
+    mouth = data.visual[:, 0].float().mean(1)[:, 13:21].argmin(1).float()  # its row, by column
+    smile = mouth[:, 10:14].mean(1) - mouth[:, [7, 8, 15, 16]].mean(1)
+    first = data.privileged[:, 0, 3:9].mean(2).argmax(1)  # the first harmonic
+    for seen, column in ((smile, 0), (first, 1)):
+        assert np.corrcoef(seen, data.label[:, column])[0, 1] > 0.7
 
 
 def check_partition(parts, n):
@@ -168,6 +159,8 @@ def test_folds_without_people_are_stratified(tmp_path):
     for _, _, val in parts:
         assert len(val) == 8
         assert all(abs((label[val] == c).sum() - (label == c).sum() / 5) < 1 for c in range(3))
+
+
 def test_the_data_sets_own_split_stands_unless_folds_are_asked_for(tmp_path):
     split = np.array(["train", "val"] * 20)
     data = features(written(tmp_path, split=split, label=np.arange(40) // 20))
