@@ -85,7 +85,7 @@ def test_mistakes_in_a_file_are_named(tmp_path, keys, message):
 
 
 def test_load_by_name():
-    how = {"seed": 3, "clip_stride": 1, "levels": ["BL1", "PA4"], "signal": "gsr"}
+    how = {"seed": 3, "clip_stride": 1, "levels": ["BL1", "PA4"], "signal": "gsr", "workers": 0}
     assert load(Namespace(dataset="synthetic", data=None, **how)).visual.equal(synthetic(3).visual)
     for name, message in [("features", "--data FILE.npz"), ("affwild2", "data/affwild2: no")]:
         with pytest.raises(DataError, match=message):

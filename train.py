@@ -264,6 +264,11 @@ def share(rows):
     return torch.cat([rows, rows[: -len(rows) % count]])[rank::count]
 
 
+def bar(steps, name, count=None):
+    """A progress bar around a loop, of the first process and where there is a terminal."""
+    return tqdm(steps, name, count, leave=False, disable=processes()[0] > 0 or None)
+
+
 class Gather(torch.autograd.Function):
     """The outputs (n, ...) of all processes for their shares, put together in order of the rows.
 
@@ -385,10 +390,8 @@ def fit(run, name, network, rates, epochs, view, loss_of, scored, full=None, **a
         trained.train()
         order = run.train[torch.randperm(len(run.train))].tensor_split(steps)
         drawn = view.drawn(torch.randint(2**31, ()).item()) if hasattr(view, "drawn") else view
-        hidden = processes()[0] > 0 or None  # None: unless it is a terminal
-        bar = tqdm(forward(run, trained, drawn, order), name, steps, leave=False, disable=hidden)
         means = {}
-        for rows, outputs in bar:
+        for rows, outputs in bar(forward(run, trained, drawn, order), name, steps):
             terms = loss_of(rows, *outputs)
             optimizer.zero_grad()
             terms["loss"].backward()
@@ -781,7 +784,7 @@ def runs_of(args, data):
 
 def train_all(args):
     """All stages that are asked for, seed by seed and fold by fold, then the report."""
-    data = datasets.load(args)
+    data = datasets.load(args, progress=lambda files: bar(files, "sound"))
     args.content = datasets.digest(data.visual, data.privileged, data.label, data.group, data.split)
     if args.folds_by == "clip":
         data = data._replace(group=None)
