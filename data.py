@@ -79,10 +79,10 @@ def load(args, need_privileged=True, need_label=True, progress=iter):
         return synthetic(args.seed)
     if args.dataset == "features":
         return features(args.data or "argument --data FILE.npz", *needs)
+    root = args.data or f"data/{args.dataset}"
     if args.dataset == "affwild2":
-        about = args.clip_stride, args.workers, progress
-        return affwild2(args.data or "data/affwild2", *needs, *about)
-    return biovid(args.data or "data/biovid", *needs, args.levels, args.signal)
+        return affwild2(root, *needs, args.clip_stride, args.workers, progress)
+    return biovid(root, *needs, args.levels, args.signal)
 
 
 def features(path, need_privileged=True, need_label=True):
@@ -217,17 +217,16 @@ class Frames(RawView):
 
 
 class Sounds(RawView):
-    """Log-mel spectrograms (N, 1, 64, 107) float32 of the sound before a moment, a step 10 ms long.
+    """Log-mel spectrograms (N, 1, 64, 107) float32 of the sound before a moment, in steps of 10 ms.
 
-    They are slices of mels[path], the spectrogram of a whole file. Clip i ends at the step that is
-    nearest to the fraction end[i] of its file; before the file begins it is silent.
+    Clip i is a slice of mels[path], that of a whole file, up to the fraction end[i] of it.
     """
 
     def clip(self, path, row):
         mel = self.mels[path]
         stop = 1 + round(self.end[row] * (mel.shape[1] - 1))
         mel = torch.from_numpy(mel[:, max(stop - 107, 0) : stop]).float()
-        return F.pad(mel, (107 - mel.shape[1], 0), value=SILENCE).unsqueeze(0)
+        return F.pad(mel, (107 - mel.shape[1], 0), value=SILENCE).unsqueeze(0)  # on the left
 
 
 def log_mels(paths, workers=0, progress=iter):
@@ -299,9 +298,9 @@ def affwild2(
     audio/VIDEO.wav                        VIDEO without _left or _right
 
     A clip for every `stride`-th annotated frame with a face: 8 frames, every 4th of the 32 that end
-    there, and the 1.07 seconds of sound before. Source: the lab's Aff-Wild2 code. For a frame without a
-    face stands the last before it that has one, or the first there is (ours). Spectrograms of all
-    files are made here, by so many `workers`; `progress` goes round the loop.
+    there, and the 1.07 s of sound before. Source: the lab's Aff-Wild2 code. For a frame without a
+    face stands the last before it that has one, or the first there is (ours). `workers` processes
+    make the spectrograms of all files; `progress` goes round that loop.
     """
     root = Path(root)
     parts = ["annotations/Train_Set", "annotations/Validation_Set"] * need_label
