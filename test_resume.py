@@ -70,7 +70,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_results(small, tmp_path):
         return files
 
     with ThreadPoolExecutor(2) as pool:
-        assert len(set(pool.map(killed, range(KILLS)))) > 3  # in one network and another
+        assert len(set(pool.map(killed, range(KILLS)))) > 1  # in one network and another
 
 
 @pytest.mark.parametrize("workers, number", [(0, signal.SIGTERM), (0, signal.SIGINT), (1, 15)])
