@@ -288,9 +288,7 @@ class Signals(RawView):
         return torch.from_numpy(power).float().unsqueeze(0)
 
 
-def affwild2(
-    root, need_privileged=True, need_label=True, stride=1, workers=0, progress=iter
-):
+def affwild2(root, need_privileged=True, need_label=True, stride=1, workers=0, progress=iter):
     """Aff-Wild2's valence-arousal challenge, with its own split. Below root:
 
     annotations/Train_Set/VIDEO.txt, annotations/Validation_Set/VIDEO.txt   valence,arousal a frame
