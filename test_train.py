@@ -169,8 +169,8 @@ def test_history_has_as_many_epochs_of_each_network_and_losses_add_up(finished):
     want = [(str(f), name, str(epoch)) for f in range(3) for name in names for epoch in (1, 2)]
     assert [(row["fold"], row["model"], row["epoch"]) for row in rows] == want
     weights = {name: {"task": 1, name: 1} for name in ("mse", "cosine", "rkd", "kd")}
-    weights["mtpkdot"] = {"task": 0.8, "ot": 1, "centroid": 0.02}
-    weights["pkdot"] = {"task": 1, "ot": 1.25}
+    weights["mtpkdot"] = {"task": 0.8, "ot": 0.2, "centroid": 0.02}
+    weights["pkdot"] = {"task": 1, "ot": 0.6}
     for row in rows:
         values = [float(v) for k, v in row.items() if v and k != "model"]
         assert row["score"] and np.isfinite(values).all()

@@ -115,9 +115,9 @@ OPTIONS = {
         ("eps", 0.01, "entropy of OT, in units of its cost"),
         ("ot", ("debiased", "entropic"), "form of OT"),
         ("w-task", 0.8, "weight of the task in mtpkdot's loss"),
-        ("w-ot", 1.0, "weight of OT in it"),
+        ("w-ot", 0.2, "weight of OT in it"),
         ("w-centroid", 0.02, "weight of the centroid in it"),
-        ("w-pkdot-ot", 1.25, "pkdot: weight of OT beside a task of weight 1"),
+        ("w-pkdot-ot", 0.6, "pkdot: weight of OT beside a task of weight 1"),
         ("w-feature", 1.0, "mse, cosine, rkd, kd: weight beside a task of weight 1"),
     ],
 }
@@ -130,8 +130,8 @@ DATASETS = {  # other defaults
 RELEASED = {  # --preset. Source: released code; it leaves the backbones and the joint teacher open
     **{"folds_by": "clip", "dim": models.DIM, "updates": 0, "select": "val", "lr_decay": "none"},
     **{"lr_joint": 1e-4, "lr_tnet": 5e-5, "lr_adapter": 5e-3, "lr_student": 5e-4, "shift": "min"},
-    **{"student_backbone": "frozen", "anchors": "least", "w_ot": 0.2, "w_centroid": 0.2},
-    **{"w_pkdot_ot": 0.6, "epochs_align": 10, "dropout": 0.0, "dropout_student": 0.0},
+    **{"student_backbone": "frozen", "anchors": "least", "w_centroid": 0.2, "epochs_align": 10},
+    **{"dropout": 0.0, "dropout_student": 0.0},
 }
 
 
