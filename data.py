@@ -219,20 +219,20 @@ class Frames(RawView):
 class Sounds(RawView):
     """Log-mel spectrograms (N, 1, 64, 107) float32 of the sound before a moment, in steps of 10 ms.
 
-    Clip i is a slice of mels[path], that of a whole file, up to the fraction end[i] of it.
+    Clip i is a slice of the spectrogram of a whole file, up to the fraction end[i] of it. They are
+    made here, by so many `workers`; `progress` goes round the loop.
     """
+
+    def __init__(self, files, of, end, workers=0, progress=iter):
+        super().__init__(files, of, (1, 64, 107), end=end)
+        paths, how = list(dict.fromkeys(files)), {"batch_size": None, "num_workers": workers}
+        self.mels = dict(zip(paths, progress(DataLoader(paths, collate_fn=_log_mel_of, **how))))
 
     def clip(self, path, row):
         mel = self.mels[path]
         stop = 1 + round(self.end[row] * (mel.shape[1] - 1))
         mel = torch.from_numpy(mel[:, max(stop - 107, 0) : stop]).float()
         return F.pad(mel, (107 - mel.shape[1], 0), value=SILENCE).unsqueeze(0)  # on the left
-
-
-def log_mels(paths, workers=0, progress=iter):
-    """{path of a wav file: its log_mel}, made by so many processes."""
-    loader = DataLoader(paths, batch_size=None, collate_fn=_log_mel_of, num_workers=workers)
-    return dict(zip(paths, progress(loader)))
 
 
 def _log_mel_of(path):
@@ -297,8 +297,8 @@ def affwild2(root, need_privileged=True, need_label=True, stride=1, workers=0, p
 
     A clip for every `stride`-th annotated frame with a face: 8 frames, every 4th of the 32 that end
     there, and the 1.07 s of sound before. Source: the lab's Aff-Wild2 code. For a frame without a
-    face stands the last before it that has one, or the first there is (ours). `workers` processes
-    make the spectrograms of all files; `progress` goes round that loop.
+    face stands the last before it that has one, or the first there is (ours). workers, progress: of
+    Sounds.
     """
     root = Path(root)
     parts = ["annotations/Train_Set", "annotations/Validation_Set"] * need_label
@@ -330,10 +330,7 @@ def affwild2(root, need_privileged=True, need_label=True, stride=1, workers=0, p
     frames, ends, label = map(np.concatenate, arrays)
     people = np.unique([path.name for path in sounds], return_inverse=True)[1]  # _left with _right
     visual = Frames(folders, of, (3, 8, 112, 112), pattern="{:05d}.jpg", frames=frames, present=[])
-    privileged = None
-    if need_privileged:
-        privileged = Sounds(sounds, of, (1, 64, 107), end=ends)
-        privileged.mels = log_mels(list(dict.fromkeys(sounds)), workers, progress)
+    privileged = Sounds(sounds, of, ends, workers, progress) if need_privileged else None
     label = torch.from_numpy(label).float() if need_label else None
     return TwoView(visual, privileged, label, AFFECT, people[of], np.array(training)[of])
 
