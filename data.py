@@ -21,13 +21,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.io import wavfile
 from scipy.signal import resample_poly, spectrogram
 from torch.utils.data import DataLoader, Dataset
 
 AFFECT = ["valence", "arousal"]
-SILENCE = (10 * math.log10(1e-10) + 14.8) / 19.895  # as log_mel has it
 BIOVID_LEVELS = ("BL1", "PA1", "PA2", "PA3", "PA4")
 BIOVID_SIGNALS = ("gsr", "ecg", "emg_trapezius", "emg_corrugator", "emg_zygomaticus")
 KEYS = {  # of a .npz file: its number of dimensions and numpy's kind, as a pattern and in words
@@ -170,14 +168,14 @@ class RawView(Dataset):
     def __len__(self):
         return self.shape[0]
 
-    @np.errstate(all="ignore")
     def __getitem__(self, rows):
-        files = [self.files[self.of[row]] for row in rows]
-        batch = torch.stack([self.clip(file, row) for file, row in zip(files, rows)])
-        bad = ~batch.flatten(1).isfinite().all(1) if batch.is_floating_point() else []
-        for i in np.flatnonzero(bad):
-            raise DataError(f"{files[i]}: holds NaN or too large values")
-        return batch
+        return torch.stack([self.clip(self.files[self.of[row]], row) for row in rows])
+
+
+def _finite(path, values):
+    if not values.isfinite().all():
+        raise DataError(f"{path}: holds NaN or too large values")
+    return values
 
 
 class Frames(RawView):
@@ -230,25 +228,23 @@ class Sounds(RawView):
 
     def clip(self, path, row):
         mel = self.mels[path]
-        stop = 1 + round(self.end[row] * (mel.shape[1] - 1))
-        mel = torch.from_numpy(mel[:, max(stop - 107, 0) : stop]).float()
-        return F.pad(mel, (107 - mel.shape[1], 0), value=SILENCE).unsqueeze(0)  # on the left
+        start = round(self.end[row] * (mel.shape[1] - 107))
+        return torch.from_numpy(mel[None, :, start : start + 107]).float()
 
 
+@np.errstate(all="ignore")
 def _log_mel_of(path):
+    """The log_mel of a wav file, (64, steps) float16, after as much silence as a clip can need."""
     with reading(path, "not a wav file of 8, 16 or 32 bits"), warnings.catch_warnings():
         warnings.simplefilter("ignore", wavfile.WavFileWarning)  # metadata, which ffmpeg writes
         rate, samples = wavfile.read(path, mmap=True)  # which refuses a file cut short
         if len(samples) == 0 or not 1_000 <= rate <= 400_000:
             raise ValueError(f"{len(samples)} samples at {rate} Hz")
-    with np.errstate(all="ignore"):
-        sound = samples.reshape(len(samples), -1).mean(axis=1, dtype=np.float32)
-        if samples.dtype.kind in "iu":  # 8 bits are unsigned
-            sound = sound / 2.0 ** (8 * samples.itemsize - 1) - (samples.dtype.kind == "u")
-        mel = log_mel(torch.from_numpy(resample_poly(sound, 44_100, rate))).numpy()
-    if not np.isfinite(mel).all():
-        raise DataError(f"{path}: holds NaN or too large values")
-    return mel
+    sound = samples.reshape(len(samples), -1).mean(axis=1, dtype=np.float32)
+    if samples.dtype.kind in "iu":  # 8 bits are unsigned
+        sound = sound / 2.0 ** (8 * samples.itemsize - 1) - (samples.dtype.kind == "u")
+    sound = np.pad(resample_poly(sound, 44_100, rate), (106 * 441, 0))
+    return _finite(path, log_mel(torch.from_numpy(sound))).numpy()
 
 
 @functools.cache  # every file needs them
@@ -277,6 +273,7 @@ class Signals(RawView):
     It is the column `signal` of a file, tab separated, 512 Hz. Source: released code.
     """
 
+    @np.errstate(all="ignore")
     def clip(self, path, row):
         with reading(path, f"needs a column {self.signal} of 2560 numbers (5 s)"):
             header, *lines = path.read_text().splitlines()
@@ -285,7 +282,7 @@ class Signals(RawView):
             if len(values) < 1536:
                 raise ValueError(f"it has {len(lines)}")
         power = spectrogram(np.array(values), 512, nperseg=16, noverlap=4, nfft=128)[2]
-        return torch.from_numpy(power).float().unsqueeze(0)
+        return _finite(path, torch.from_numpy(power).float().unsqueeze(0))
 
 
 def affwild2(root, need_privileged=True, need_label=True, stride=1, workers=0, progress=iter):
