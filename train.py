@@ -545,16 +545,23 @@ def trained_teachers(run, stage):
     return network.to(run.device).eval()
 
 
-def student(run, method):
-    """Stage 3. A student on visual input learns the task, and what its loss takes from a teacher.
+def students(run):
+    """Stage 3. All students start from the same weights and see the same batches."""
+    z = embeddings(run)
+    for method in run.methods:
+        student(run, method, z)
 
-    All students start from the same weights and see the same batches.
+
+def student(run, method, z):
+    """A student on visual input learns the task, and what its loss takes from a teacher.
+
+    z are the embeddings of all clips, (N, 2, D).
     """
     stage, followed, terms = METHODS[method]
     weights = {term: getattr(run, w) if isinstance(w, str) else w for term, w in terms.items()}
     transport = {"k": run.k, "which": run.anchors, "shift": run.shift == "min", "eps": run.eps}
     transport["debias"] = run.ot == "debiased"
-    z, known = embeddings(run), trained_teachers(run, stage)
+    known = trained_teachers(run, stage)
     among = [mtpkdot.TEACHERS.index(teacher) for teacher in followed]
 
     # The student: the visual backbone of stage 1, or afresh; T-Net; a fusion of its own.
@@ -585,7 +592,7 @@ def student(run, method):
     seed_everything(run, "batches")
     about = {"method": method, "task": run.data.task, "names": run.data.names, "val": run.val}
     about.update(dim=run.dim, width=run.width, input_shape=list(run.data.visual.shape[1:]))
-    about["trained_on"] = datasets.digest(run.data.visual)
+    about["trained_on"] = run.visual_content
     how = ([(network, run.lr_student)], run.epochs_student, view, loss_of, [method], full)
     fit(run, f"student_{method}", network, *how, **about)
 
@@ -777,7 +784,8 @@ def runs_of(args, data):
             if min(len(train), len(choose), len(val), args.batch_size) < 2 * processes()[1]:
                 refuse(f"fold {number} or a batch has too few rows for {processes()[1]} processes")
             for path in sorted(run.folder.glob("*.pt"), reverse=True):
-                load(run, path.stem) if "embedding" not in path.stem else None
+                if "embedding" not in path.stem:
+                    load(run, path.stem)
             runs.append(run)
     return runs
 
@@ -786,18 +794,15 @@ def train_all(args):
     """All stages that are asked for, seed by seed and fold by fold, then the report."""
     data = datasets.load(args, progress=lambda files: bar(files, "sound"))
     args.content = datasets.digest(data.visual, data.privileged, data.label, data.group, data.split)
+    args.visual_content = datasets.digest(data.visual)
     if args.folds_by == "clip":
         data = data._replace(group=None)
     runs = runs_of(args, data)
     for run in runs:
         if args.fold in (None, run.number):
-            if args.stage in ("all", "teachers"):
-                teachers(run)
-            if args.stage in ("all", "align"):
-                align(run)
-            if args.stage in ("all", "student"):
-                for method in args.methods:
-                    student(run, method)
+            for stage, make in zip(STAGES, (teachers, align, students)):
+                if args.stage in ("all", stage):
+                    make(run)
 
     # The report is of all folds that the folder has, not of this command's alone.
     pairs = [(run, *collect(run)) for run in runs]
