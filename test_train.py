@@ -337,6 +337,7 @@ def test_raw_data_from_files_to_predictions(dataset, tmp_path):
     tree, more = tmp_path / "tree", ["--levels", "BL1,PA1", "--workers", int(dataset == "affwild2")]
     if dataset == "affwild2":
         test_raw.affwild2_tree(tree)
+        more += ["--amp", "on"]
     else:
         test_raw.biovid_tree(tree, people=4, clips=1, levels=("BL1", "PA1"))
         more += ["--folds", 2, "--fold", 0]

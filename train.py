@@ -97,6 +97,7 @@ OPTIONS = {
         ("lr-joint", 5e-4, "learning rate"),
         ("lr-tnet", 5e-4, "learning rate"),
         ("tnet-loss", ("mse", "mmd"), "T-Net's loss"),
+        ("amp", ("auto", "on", "off"), "bfloat16 in 18-layer networks; auto: on GPUs that have it"),
         ("dropout", 0.25, "of hidden units of vectors, and of embeddings that enter the fusion"),
     ],
     "align": [
@@ -426,8 +427,9 @@ def fit(run, name, network, rates, epochs, view, loss_of, scored, full=None, **a
 def single(run, view, name=None, dropout=0.0):
     """The network of one view, a backbone with a head: of the file `name`, or as it starts."""
     source, published = getattr(run.data, view), getattr(run, f"{view}_weights")
-    fast = run.device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
-    encoder = models.backbone(source.shape[1:], run.dim, run.width, fast, dropout)
+    has_it = run.device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+    bfloat16 = has_it if run.amp == "auto" else run.amp == "on"
+    encoder = models.backbone(source.shape[1:], run.dim, run.width, bfloat16, dropout)
     network = models.Single(encoder, nn.Linear(run.dim, len(run.data.names)))
     vectors = isinstance(encoder, models.Encoder)
     if published and vectors:
