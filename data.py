@@ -74,22 +74,25 @@ def load(args, need_privileged=True, need_label=True, progress=iter):
     """The TwoView of args.dataset. What is not needed may be missing there."""
     needs = (need_privileged, need_label)
     if args.dataset == "synthetic":
+        if args.data:
+            raise DataError("argument --data: synthetic data has no file; which --dataset is it?")
         return synthetic(args.seed)
     if args.dataset == "features":
-        return features(args.data or "argument --data FILE.npz", *needs)
+        return features(args.data or "argument --data: none", *needs)
     root = args.data or f"data/{args.dataset}"
     if args.dataset == "affwild2":
-        return affwild2(root, *needs, args.clip_stride, args.workers, progress)
+        return affwild2(root, *needs, args.clip_stride or 1, args.workers, progress)
     return biovid(root, *needs, args.levels, args.signal)
 
 
 def features(path, need_privileged=True, need_label=True):
     """Two views of anything, from a .npz file of KEYS, where group and split may be missing."""
     needed = ["visual"] + ["privileged"] * need_privileged + ["label"] * need_label
+    wanted = {"label", "group", "split"} if need_privileged else {"label"}
     with reading(path, f"must be a .npz file of plain arrays {', '.join(needed)}"):
         with np.load(path, allow_pickle=False) as file:
-            optional = {"label", "group", "split"} & set(file.files)
-            arrays = {key: file[key] for key in dict.fromkeys([*needed, *sorted(optional)])}
+            optional = sorted(wanted & set(file.files))
+            arrays = {key: file[key] for key in dict.fromkeys([*needed, *optional])}
 
     # Check each array, and turn numbers to vectors (N, F).
     count = len(np.atleast_1d(arrays["visual"]))
@@ -111,15 +114,15 @@ def features(path, need_privileged=True, need_label=True):
     if label is not None and label.ndim == 1:
         names, label = np.unique(label, return_inverse=True)
         names, label = names.tolist(), torch.from_numpy(label)
-    elif label is not None and label.shape[1] != 2:
-        names = [str(column) for column in range(label.shape[1])]
+    elif label is not None:
+        names = AFFECT if label.shape[1] == 2 else [str(i) for i in range(label.shape[1])]
+        if label.abs().max() > 10 or label.std(0).min() < 0.01:
+            warnings.warn(f"{path}: label: scale it to about [-1, 1], or it is hardly learnt")
     if group is not None:
         group = np.unique(group, return_inverse=True)[1]
     if split is not None:
         _refuse_rows(path, "split", ~np.isin(split, ["train", "val"]), 'neither "train" nor "val"')
         split = split == "train"
-        both = False if group is None else np.isin(group, group[split]) & ~split
-        _refuse_rows(path, "group", both, "a person who is in both parts of split")
     return TwoView(arrays["visual"], arrays.get("privileged"), label, names, group, split)
 
 
@@ -181,7 +184,8 @@ def _finite(path, values):
 class Frames(RawView):
     """Clips of T face frames, (N, 3, T, 112, 112) uint8.
 
-    frames[i] are the numbers of clip i. If a folder is a clip, present[i] are all there are.
+    frames[i] are the numbers of clip i. Where each folder is one clip, present[i] are the numbers
+    of all its frames; else present is empty.
     """
 
     def name(self, row):
@@ -268,7 +272,7 @@ def log_mel(sound):
 
 
 class Signals(RawView):
-    """A physiological signal from second 2 to 5, spectrograms (N, 1, 65, 128) of power, float32.
+    """A physiological signal from second 2 to 5, spectrograms (N, 1, 65, 127) of power, float32.
 
     It is the column `signal` of a file, tab separated, 512 Hz. Source: released code.
     """
@@ -348,7 +352,8 @@ def _valence_arousal(path):
     """(frames, 2) of an annotation file."""
     with reading(path, 'must be "valence,arousal", then two numbers a line in [-1, 1], or -5'):
         header, *lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
-        values = np.loadtxt(lines or ["-"], delimiter=",", ndmin=2)
+        lines = [line or "-" for line in lines]  # which numpy would leave out
+        values = np.loadtxt(lines or ["-"], delimiter=",", comments=None, ndmin=2)
         bad = ~((abs(values) <= 1) | (values == -5)).all(axis=1)
         if header != "valence,arousal" or values.shape[1] != 2 or bad.any():
             raise ValueError(f"line {2 + bad.argmax() if bad.any() else 1}")
@@ -366,8 +371,10 @@ def biovid(
     Source: released code.
     """
     root, levels = Path(root), list(levels)
-    for level in set(levels) - set(BIOVID_LEVELS):
-        raise DataError(f"argument --levels: {level} is not one of {','.join(BIOVID_LEVELS)}")
+    for level in levels:
+        if level not in BIOVID_LEVELS or levels.count(level) > 1:
+            known = ",".join(BIOVID_LEVELS)
+            raise DataError(f"argument --levels: {level} is twice there or not one of {known}")
     _check_folders(root, ["frames"] + ["biosignals_filtered"] * need_privileged)
     clips = []
     for clip in sorted((root / "frames").glob("*/*-*-*")):
@@ -379,12 +386,13 @@ def biovid(
         file = root / "biosignals_filtered" / clip.parent.name / f"{clip.name}_bio.csv"
         evenly = np.linspace(0, len(numbers) - 1, 10).round().astype(int)
         clips.append((clip, file, level, clip.parent.name, numbers[evenly], numbers))
-    if not clips:
-        raise DataError(f"{root}/frames: no clip SUBJECT/SUBJECT-LEVEL-NUMBER of {levels} in it")
+    for level in levels if need_label else ["LEVEL"] * (not clips):
+        if all(level != clip[2] for clip in clips):
+            raise DataError(f"{root}/frames: no clip SUBJECT/SUBJECT-{level}-NUMBER in it")
     folders, files, label, people, frames, present = zip(*clips)
     of, about = np.arange(len(clips)), {"frames": np.array(frames), "present": list(present)}
     visual = Frames(folders, of, (3, 10, 112, 112), pattern="img_{:05d}.jpg", **about)
-    privileged = Signals(files, of, (1, 65, 128), signal=signal) if need_privileged else None
+    privileged = Signals(files, of, (1, 65, 127), signal=signal) if need_privileged else None
     label = torch.tensor([levels.index(level) for level in label]) if need_label else None
     group = np.unique(people, return_inverse=True)[1]
     return TwoView(visual, privileged, label, levels, group, split=None)
@@ -399,7 +407,12 @@ def folds(data, k=None, seed=0, train_rows=None, set_aside=False):
     """
     if data.task == "classification" and len(data.names) < 2:
         raise DataError(f"label holds a single class, {data.names[0]}; there is nothing to learn")
-    k, own = k or 5, data.split is not None and k is None
+    own = data.split is not None and k is None
+    k = k or 5
+    if own and data.group is not None:
+        for row in np.flatnonzero(np.isin(data.group, data.group[data.split]) & ~data.split):
+            what = f"row {row} is of a person in both parts of split"
+            raise DataError(f"{what}: mend group or split, or use --folds-by clip")
     fold_of = data.split.astype(int) if own else _fold_of(data, k, seed)
     draw, result = np.random.default_rng(seed).permutation, []
     for i in range(1 if own else k):

@@ -246,7 +246,8 @@ class Fusion(nn.Module):
     in each modality, then cross-attention both ways, queries from one, keys and values from the
     other; a gate mixes the two. Source: released code. Each modality is a sequence of one step, and
     attention stays within a clip (ours: the released self-attention, with batch_first at its
-    default, mixes the clips of a batch). Over one step every attention weight is 1.
+    default, mixes the clips of a batch). Over one step every attention weight is 1: c_v is a linear
+    map of p alone, and c_p of v.
     """
 
     def __init__(self, dim, outputs, dropout=0.0, heads=2):
@@ -316,5 +317,7 @@ def load_student(saved):
     dim, outputs = saved["dim"], len(saved["names"])
     encoder = backbone(saved["input_shape"], dim, saved["width"])
     network = Student(encoder, nn.Linear(dim, dim), Fusion(dim, outputs))
+    if "head.weight" in saved["weights"]:  # of the student that is the visual network alone
+        network = Single(encoder, nn.Linear(dim, outputs))
     network.load_state_dict(saved["weights"])
     return network.eval().requires_grad_(False)

@@ -193,7 +193,7 @@ def relational(z_s, z_t, vertices=16):
     for z in (z_s, z_t):
         gaps = z.unsqueeze(0) - z[:vertices].unsqueeze(1)
         d = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")
-        distances.append(d * ((d > 0).sum() / d.sum()))
+        distances.append(d * ((d > 0).sum() / d.sum().clamp_min(torch.finfo(d.dtype).tiny)))
         directions = gaps / d[:vertices].where(d[:vertices] > 0, 1).unsqueeze(-1)
         angles.append(directions @ directions.mT)
     return F.smooth_l1_loss(*distances) + 2 * F.smooth_l1_loss(*angles)

@@ -1,8 +1,9 @@
 """Entropic optimal transport in PyTorch: log-domain Sinkhorn, its plan, its value and its gradient.
 
 This file needs torch alone: copy it, with test_sinkhorn.py. For a cost C (n, m) and weights a (n,),
-b (m,) of equal total, OT is the least <C, P> + eps * KL(P | a b^T) over P >= 0 with row sums a and
-column sums b, where KL(P | Q) = sum_ij P_ij log(P_ij / Q_ij). The solution is
+b (m,) of total 1, OT is the least <C, P> + eps * KL(P | a b^T) over P >= 0 with row sums a and
+column sums b, where KL(P | Q) = sum_ij P_ij log(P_ij / Q_ij). Of weights of another, equal total,
+OT and P are that many times as large. The solution is
 
     P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps)    and    OT = <a, f> + <b, g>.
 
@@ -194,13 +195,15 @@ def _solve(cost, a, b, low, high, eps, tol, max_iter, symmetric=False):
         raise ValueError(f"eps must be positive, tol >= 0 and max_iter >= 1, not {what}")
     if not largest <= eps * torch.finfo(dtype).max:
         raise ValueError(f"eps = {eps} is too small for costs as large as {largest:g} in {dtype}")
-    if eps >= high - low:  # the rounding of a plan counts eps times; and two sweeps do here
+    if eps >= high - low:  # eps multiplies a plan's rounding; and float64 is cheap in two sweeps
         a, b = a.double(), b.double()
     # Some 8 roundings of f, g and C may be as large as tol: then f and g are kept in float64.
     rounded = 8 * torch.finfo(a.dtype).eps * largest > eps * tol
     mass, some = a.sum(-1, True), b > 0
     a, b = a / mass, (b / b.sum(-1, True)).clamp_min(1e-30)  # as nothing, but with a log
     a, b = a.unsqueeze(-2), b.unsqueeze(-2)  # torch is fastest at a row times a matrix
+    # Besides: fg, the potentials; K, u, v, made from them, with eps and reach (_make_kernel); rows,
+    # the row sums of the plan, error, worst and extent (_look).
     s = SimpleNamespace(cost=cost, a=a, b=b, symmetric=symmetric)
     s.split = lambda t: t.tensor_split((n,), -1)  # fg is f and then g
     s.fg = torch.cat([torch.full_like(a, low), torch.zeros_like(b)], -1)
@@ -208,7 +211,7 @@ def _solve(cost, a, b, low, high, eps, tol, max_iter, symmetric=False):
     s.K = a.new_empty((*a.shape[:-2], n, b.shape[-1]))
     # From zeros, one sweep does at a 16th of the spread; a cloud is near itself, so that zeros do.
     _anneal(s, eps, 0 if symmetric else (high - low) / 16)
-    n_iter, done = _iterate(s, tol, max_iter)
+    n_iter, done = _iterate(s, tol, int(max_iter))
 
     # surplus is zero at the optimum; with it, rounding in f and g counts in second order only.
     u, v, surplus = s.u, s.v, s.rows.sum((-2, -1)) - 1

@@ -42,6 +42,8 @@ def test_float_labels_make_a_regression(tmp_path, names):
     data = features(written(tmp_path, label=label))
     assert data.task == "regression" and data.names == names
     assert np.array_equal(data.label.numpy(), label.astype(np.float32))
+    with pytest.warns(UserWarning, match="f.npz: label: scale it"):
+        features(written(tmp_path, label=10 * label + 70))
 
 
 def test_what_is_not_needed_may_be_missing_or_anything(tmp_path):
@@ -57,7 +59,6 @@ def test_what_is_not_needed_may_be_missing_or_anything(tmp_path):
 
 NAN, INF = np.ones((40, 5)), np.ones((40, 5))
 NAN[17, 3], INF[4, 0] = np.nan, 1e300  # infinite as a float32
-WORDS = ["train"] * 36 + ["val"] * 4
 BAD = [
     ({"visual": None}, "'visual is not a file"),
     ({"group": np.arange(3)}, "group must be .*N = 40, not int64 .3,"),
@@ -72,7 +73,6 @@ BAD = [
     ({"group": np.ones(40)}, r"group must be \(N,\) integers or strings"),
     ({"split": np.array(["train"] * 39 + ["test"])}, "split row 39 holds"),
     ({"split": np.ones((40, 2))}, r"split must be \(N,\)"),
-    ({"group": np.arange(40) % 7, "split": np.array(WORDS)}, "group row 36 holds a person who"),
 ]
 
 
@@ -87,9 +87,13 @@ def test_mistakes_in_a_file_are_named(tmp_path, keys, message):
 def test_load_by_name():
     how = {"seed": 3, "clip_stride": 1, "levels": ["BL1", "PA4"], "signal": "gsr", "workers": 0}
     assert load(Namespace(dataset="synthetic", data=None, **how)).visual.equal(synthetic(3).visual)
-    for name, message in [("features", "--data FILE.npz"), ("affwild2", "data/affwild2: no")]:
+    for name, path, message in [
+        ("features", None, "--data: none: must be"),
+        ("affwild2", None, "data/affwild2: no"),
+        ("synthetic", "a.npz", "--data: synthetic data has no file"),
+    ]:
         with pytest.raises(DataError, match=message):
-            load(Namespace(dataset=name, data=None, **how))
+            load(Namespace(dataset=name, data=path, **how))
 
 
 def test_synthetic_faces_smile_with_valence_and_the_voice_rises_with_arousal():
@@ -176,6 +180,10 @@ def test_folds_that_cannot_be_trained_on_are_named(tmp_path):
         folds(features(written(tmp_path, label=label, split=split)))
     with pytest.raises(DataError, match="fold 0 has 40 training, 0 choosing"):
         folds(features(written(tmp_path, split=np.array(["train"] * 40))))
+    both = written(tmp_path, split=np.repeat(["train", "val"], [36, 4]), group=np.arange(40) % 7)
+    with pytest.raises(DataError, match="row 36 is of a person in both parts"):
+        folds(features(both))
+    assert len(folds(features(both)._replace(group=None))) == 1 and len(folds(features(both), 3)) == 3
     with pytest.raises(DataError, match="single class"):
         folds(features(written(tmp_path, label=np.zeros(40, dtype=int))))
 

@@ -161,7 +161,8 @@ def test_distillation_of_classes_is_the_divergence_of_softened_ones():
 def test_gradients_are_finite_where_clips_coincide():
     z = normal(1, 6, 3)[[0, 0, 1, 2, 3, 4]].requires_grad_()
     S = mtpkdot.similarity(z)
-    losses = [mtpkdot.relational(z, normal(2, 6, 3)), mtpkdot.centroid_loss(S.detach(), S)]
+    losses = [mtpkdot.relational(t, normal(2, 6, 3)) for t in (z, 0 * z)]
+    losses += [mtpkdot.centroid_loss(S.detach(), S)]
     for rows, gap in ((2, 0), (2, 1), (1, 1)):  # a constant column, or a single clip
         losses.append(mtpkdot.task_loss(z[:rows], z[:rows].detach() + gap))
     for loss in losses:

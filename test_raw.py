@@ -148,7 +148,7 @@ def test_numbers_too_large_are_refused(tmp_path):
     lines = [f"{i}\t{'-' if i % 2 else ''}1e200" for i in range(2_816)]
     (tmp_path / "a.csv").write_text("\n".join(["time\tgsr", *lines]))
     with pytest.raises(DataError, match="a.csv: holds NaN or too large"):
-        Signals([tmp_path / "a.csv"], np.array([0]), (1, 65, 128), signal="gsr")[[0]]
+        Signals([tmp_path / "a.csv"], np.array([0]), (1, 65, 127), signal="gsr")[[0]]
 
 
 def test_affwild2_clips_are_the_frames_and_labels_they_should_be(tmp_path):
@@ -221,6 +221,8 @@ AFFWILD2_MISTAKES = [  # a file or folder, what it is made to hold, and the mess
     (NOTES, b"", '3_left.txt: must be "valence,arousal", then two numbers a line'),
     (NOTES, b"\xff\xfe", "3_left.txt: must be"),
     (NOTES, b"valence,arousal\n0,0\n0\n", "3_left.txt: must be .*row 2"),
+    (NOTES, b"valence,arousal\n0,0\n\n0,0\n0,0\n", "3_left.txt: must be .*row 2"),
+    (NOTES, b"valence,arousal\n0,0\n#0,0\n0,0\n", "3_left.txt: must be .*'#0'"),
     (NOTES, b"valence,arousal\n0,x\n", "3_left.txt: must be .*'x'"),
     (NOTES, b"valence,arousal\n0,1.5\n", r"3_left.txt: must be .*\(line 2\)"),
     (NOTES, b"valence,arousal\n0,nan\n", r"3_left.txt: must be .*\(line 2\)"),
@@ -248,13 +250,14 @@ def test_affwild2_mistakes_are_named(tmp_path, path, content, message):
 def test_biovid_is_classes_people_and_evenly_spread_frames(tmp_path):
     root = biovid_tree(tmp_path, people=3)
     data = biovid(root)
+    assert data.privileged[[0]].shape[1:] == data.privileged.shape[1:]
     assert data.names == ["BL1", "PA4"] and data.task == "classification"
     assert data.label.tolist() == [0, 0, 1, 1] * 3
     assert data.group.tolist() == np.repeat([0, 1, 2], 4).tolist()
     assert data.visual.frames[0].tolist() == [1, 2, 3, 5, 6, 7, 8, 10, 11, 12]
     assert data.visual[[0, 5]].shape == (2, 3, 10, 112, 112) and len(data.visual) == 12
     assert data.visual.name(0) == "071309_w_20-BL1-000"
-    assert data.privileged.shape == (12, 1, 65, 128)
+    assert data.privileged.shape == (12, 1, 65, 127)
     file = root / "biosignals_filtered/071309_w_20/071309_w_20-BL1-000_bio.csv"
     table = np.loadtxt(file, skiprows=1, delimiter="\t")
     other = biovid(root, levels=["PA4", "PA1", "BL1"], signal="ecg")
@@ -291,7 +294,8 @@ def test_training_takes_neighbours_from_a_random_place_of_each_segment(tmp_path)
 
 BIOVID_MISTAKES = [  # what is done to the first folder or file of a pattern, arguments, the message
     ("frames", shutil.rmtree, {}, "no folder frames; it needs frames, biosignals_filtered"),
-    (".", print, {"levels": ["PA2", "PA3"]}, "no clip SUBJECT/SUBJECT-LEVEL-NUMBER of"),
+    (".", print, {"levels": ["PA2", "PA3"]}, "frames: no clip SUBJECT/SUBJECT-PA2-NUMBER"),
+    (".", print, {"levels": ["BL1", "BL1"]}, "--levels: BL1 is twice there"),
     (".", print, {"levels": ["BL1", "PA9"]}, "--levels: PA9 .*" + ",".join(BIOVID_LEVELS)),
     ("bio*/*/*-BL1-000_bio.csv", lambda file: file.unlink(), {}, "_bio.csv: needs .*No such file"),
     ("frames/*/*-BL1-000", lambda f: (shutil.rmtree(f), f.mkdir()), {}, "000: no img_00001.jpg"),

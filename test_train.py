@@ -287,7 +287,8 @@ def test_preset_is_the_released_code_and_what_is_given_goes_first():
 
 MISTAKES = """--data nowhere.npz; --dataset imagenet; --fold 3; --folds 25; --method mtpkdot,nothing
 --seed 99999999999999999999; --batch-size 1; --dim 15; --eps 0; --w-ot -1; --lr-student nan
---bogus x; --lr-joint 1e30; --visual-weights r3d_18.pth; --out /proc/nowhere; --stage eval"""
+--bogus x; --lr-joint 1e30; --lr-tnet 300; --dim 900000; --visual-weights r3d_18.pth
+--out /proc/nowhere; --stage eval"""
 
 
 @pytest.mark.parametrize("mistake", re.split("; |\n", MISTAKES))
@@ -308,6 +309,9 @@ def test_eval(finished, tmp_path):
     visual, label = data["visual"][rows], data["label"][rows]
     wrong = {"9": (visual, label + 5), "regression": (visual, np.ones((20, 2)))}
     right = {f" {100 * accuracy(saved, data, rows):.1f},": (visual, label)}
+    single, data_file = student.with_name("student_visual.pt"), finished.data
+    score = results(finished.out)["folds"][1]["students"]["visual"]
+    assert f" {100 * score:.1f}," in run("--stage", "eval", "--student", single, "--data", data_file)
     for word, (x, y) in {**right, **wrong, "shape": (visual[:, :7], label)}.items():
         np.savez(new, visual=x, label=y)
         assert word in run(*argv, new)

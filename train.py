@@ -25,6 +25,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 import warnings
@@ -77,9 +78,9 @@ OPTIONS = {
         ("seed", 0, "of folds, initial weights and batches"),
         ("folds", None, "number of folds; None is the data's own split, or 5", int),
         ("folds-by", ("person", "clip"), "clip: people are in training and validation"),
-        ("select", ("train", "val"), "who chooses epochs: a fifth of the training rows, or val"),
+        ("select", ("train", "val"), "who chooses epochs: a fifth of the training people, or val"),
         ("train-rows", None, "train on as many rows of each fold", int),
-        ("clip-stride", 1, "affwild2: take every N-th usable frame"),
+        ("clip-stride", None, "affwild2: every N-th usable frame; None is 1; eval: as it was", int),
         ("levels", "BL1,PA4", f"biovid: the classes, of {','.join(datasets.BIOVID_LEVELS)}"),
         ("signal", ("emg_corrugator", *datasets.BIOVID_SIGNALS), "biovid: the privileged signal"),
         ("batch-size", 128, "clips of a batch, at most"),
@@ -128,7 +129,7 @@ DATASETS = {  # other defaults
     "synthetic": {"dim": 128, "width": 4, "updates": 100},
     "features": {"dim": 128, "epochs_backbone": 100},
 }
-RELEASED = {  # --preset. Source: released code; it leaves the backbones and the joint teacher open
+RELEASED = {  # --preset. Source: released code; it leaves stage 1 open: lr_joint is ours
     **{"folds_by": "clip", "dim": models.DIM, "updates": 0, "select": "val", "lr_decay": "none"},
     **{"lr_joint": 1e-4, "lr_tnet": 5e-5, "lr_adapter": 5e-3, "lr_student": 5e-4, "shift": "min"},
     **{"student_backbone": "frozen", "anchors": "least", "w_centroid": 0.2, "epochs_align": 10},
@@ -374,8 +375,13 @@ def fit(run, name, network, rates, epochs, view, loss_of, scored, full=None, **a
 
     def scores_of(rows):
         outputs = predict(run, trained, view, rows)
-        if not scored:
-            return {"tnet": -loss_of(rows, *(t.to(run.device) for t in outputs))["loss"].item()}
+        if not scored:  # batch by batch, as MMD compares all pairs
+            count, losses = math.ceil(len(rows) / run.batch_size), []
+            for part, *out in zip(*(t.tensor_split(count) for t in (rows, *outputs))):
+                loss = loss_of(part, *(t.to(run.device) for t in out))["loss"]
+                losses.append(loss.item() * len(part) / len(rows))
+            return {"tnet": -sum(losses)}
+        # Of several models predictions are (N, models, K), of one (N, K).
         predictions = outputs[1].unbind(1) if len(scored) > 1 else outputs[1:]
         return {model: score(run.data, said, rows) for model, said in zip(scored, predictions)}
 
@@ -403,6 +409,8 @@ def fit(run, name, network, rates, epochs, view, loss_of, scored, full=None, **a
 
         # Score it on the rows that choose the epoch, and keep the best.
         now = float(np.mean([headline(value) for value in scores_of(run.choose).values()]))
+        if not math.isfinite(now):
+            refuse(f"{run.place}: its score is not finite; what was saved stays; lower its --lr")
         if now > saved["best"]:
             weights = {key: t.cpu().clone() for key, t in full.state_dict().items()}
             saved.update(best=now, weights=weights)
@@ -531,7 +539,7 @@ METHODS = {
     "rkd": ("teachers", JOINT, {"task": 1, "rkd": "w_feature"}),
     "kd": ("teachers", JOINT, {"task": 1, "kd": "w_feature"}),
     "task": ("teachers", JOINT, {"task": 1}),  # the student without distillation
-    "visual": ("teachers", JOINT, {"task": 1}),  # the visual network of stage 1, trained on
+    "visual": ("teachers", JOINT, {"task": 1}),  # the visual network alone, as long in training
 }
 
 
@@ -548,7 +556,8 @@ def trained_teachers(run, stage):
 
 
 def students(run):
-    """Stage 3. All students start from the same weights and see the same batches."""
+    """Stage 3. All students start from the same weights, and those with a fusion see the same
+    batches."""
     z = embeddings(run)
     for method in run.methods:
         student(run, method, z)
@@ -574,7 +583,7 @@ def student(run, method, z):
     tnet.load_state_dict(load(run, "teachers_tnet", needed=True)["weights"])
     fusion = models.Fusion(run.dim, len(run.data.names), run.dropout_student)
     full = network = models.Student(baseline.encoder, tnet.composed(), fusion).to(run.device)
-    if method == "visual":
+    if method == "visual":  # whose z_s is z_v
         full = network = baseline
     elif run.student_backbone == "frozen":  # the same network, on embeddings instead of clips
         network, view = models.Student(nn.Identity(), full.tnet, fusion), z[:, 0]
@@ -608,6 +617,7 @@ def evaluate(args):
     def opened(saved):
         args.dataset = args.dataset or saved["origin"]["dataset"]
         args.levels, args.place = saved["origin"]["levels"], args.student
+        args.clip_stride = args.clip_stride or saved["origin"]["clip_stride"]
         about = (saved[key] for key in ("names", "task", "input_shape", "trained_on"))
         return models.load_student(saved), saved["val"].long(), *about
 
@@ -635,13 +645,14 @@ def evaluate(args):
         print(f"Predictions saved in {args.predictions}.")
 
     if data.label is not None:
-        if data.task != task or not set(data.names) <= set(names):
+        known = set(data.names) <= set(names) if classes else data.names == names
+        if data.task != task or not known:
             theirs = f"{data.task} of {data.names}"
             refuse(f"{args.student} knows {task} of {names}; the data is {theirs}")
-        columns = torch.tensor([names.index(name) for name in data.names])
         if classes:  # they may be fewer
-            data = data._replace(label=columns[data.label])
-        value = score(data, prediction if classes else prediction[:, columns], rows)
+            numbers = torch.tensor([names.index(name) for name in data.names])
+            data = data._replace(label=numbers[data.label])
+        value = score(data, prediction, rows)
         print(f"Score: {cell(value)}, {task} of {data.names}, from visual input alone.")
 
 
@@ -704,7 +715,7 @@ def cell(value, error=None):
     """A score as text: percent for an accuracy, each column's CCC for a regression."""
     text = f"{100 * headline(value):.1f}"
     if isinstance(value, dict):
-        text = "/".join("-" if c is None else f"{c:.3f}" for n, c in value.items() if n != "mean")
+        text = "/".join(f"{c:.3f}" for name, c in value.items() if name != "mean")
     return text if headline(error) is None else f"{text} ± {cell(error)}"
 
 
@@ -750,7 +761,8 @@ def draw(run, history):
     pictures = {"history": picture}
 
     # The joint teacher's similarities beside those of the first student.
-    for method in [m for m in run.methods if m != "visual" and load(run, f"student_{m}")][:1]:
+    made = [m for m in run.methods if "scores" in (load(run, f"student_{m}") or {})]
+    for method in [m for m in made if m != "visual"][:1]:
         rows = run.val[torch.linspace(0, len(run.val) - 1, min(len(run.val), 240)).long()]
         rows = rows[run.data.label[rows].view(len(rows), -1)[:, 0].argsort(stable=True)]
         network = models.load_student(load(run, f"student_{method}")).to(run.device)
@@ -785,7 +797,7 @@ def runs_of(args, data):
             run.place = "a saved network"
             if min(len(train), len(choose), len(val), args.batch_size) < 2 * processes()[1]:
                 refuse(f"fold {number} or a batch has too few rows for {processes()[1]} processes")
-            for path in sorted(run.folder.glob("*.pt"), reverse=True):
+            for path in sorted(run.folder.glob("*.pt"), reverse=True):  # the last stage tells most
                 if "embedding" not in path.stem:
                     load(run, path.stem)
             runs.append(run)
@@ -794,6 +806,7 @@ def runs_of(args, data):
 
 def train_all(args):
     """All stages that are asked for, seed by seed and fold by fold, then the report."""
+    args.out.mkdir(parents=True, exist_ok=True)
     data = datasets.load(args, progress=lambda files: bar(files, "sound"))
     args.content = datasets.digest(data.visual, data.privileged, data.label, data.group, data.split)
     args.visual_content = datasets.digest(data.visual)
@@ -833,13 +846,17 @@ def main(argv=None):
         if rank > 0:
             sys.stdout = open(os.devnull, "w")
         evaluate(args) if args.stage == "eval" else train_all(args)
-    except (datasets.DataError, OSError) as error:
+    except (datasets.DataError, OSError, RuntimeError) as error:
         text = str(error)
+        if isinstance(error, RuntimeError):
+            if not re.search(r"memory|DataLoader worker \(", text):
+                raise
+            text = f"{text}; use a smaller --batch-size, --dim or --width, or fewer --workers"
         if isinstance(error, OSError):
             text = f"{error.filename or 'output'}: {error.strerror}; what was saved before stays"
         # A reading process's comes with its stack trace, whose last line is the message.
         text = text.rstrip().split("\n")[-1].removeprefix("data.DataError: ")
-        print(f"train.py: {text}", file=sys.stderr if rank == 0 else sys.stdout)
+        print(f"train.py: {text}", file=sys.stderr)
         sys.exit(2)
     if count > 1:
         distributed.destroy_process_group()
