@@ -89,8 +89,8 @@ class Residual18(nn.Module):
     """Both 18-layer networks: four stages of two blocks, the mean over positions, a linear layer.
 
     The first stage is `width` wide, 64 at full size; each later one doubles that and halves the
-    resolution. Initial weights are torchvision's (He et al., fan out). With `bfloat16` the network
-    computes in that type by autocast; what it gives is float32, as its weights are.
+    resolution. Initial weights are torchvision's (He et al., fan out). With `bfloat16` it computes
+    in that type by autocast, and gives float32.
     """
 
     def __init__(self, block, dim, width, bfloat16):
@@ -171,10 +171,7 @@ def load_published(network, published):
 
 
 def backbone(shape, dim=DIM, width=64, bfloat16=False, dropout=0.0):
-    """An untrained backbone for a vector (F,), a clip (3, T, H, W) or a spectrogram (1, H, W).
-
-    `width` and `bfloat16` are for the 18-layer networks, `dropout` is for vectors, which are ours.
-    """
+    """An untrained backbone for a vector (F,), a clip (3, T, H, W) or a spectrogram (1, H, W)."""
     if len(shape) == 1:
         return Encoder(shape[0], dim, dropout)
     return R3D18(dim, width, bfloat16) if len(shape) == 4 else ResNet18(dim, width, bfloat16)
