@@ -568,12 +568,12 @@ def student(run, method, z):
 
     z are the embeddings of all clips, (N, 2, D).
     """
-    stage, followed, terms = METHODS[method]
+    stage, candidates, terms = METHODS[method]
     weights = {term: getattr(run, w) if isinstance(w, str) else w for term, w in terms.items()}
     transport = {"k": run.k, "which": run.anchors, "shift": run.shift == "min", "eps": run.eps}
     transport["debias"] = run.ot == "debiased"
-    known = trained_teachers(run, stage)
-    among = [mtpkdot.TEACHERS.index(teacher) for teacher in followed]
+    teacher_net = trained_teachers(run, stage)
+    columns = [mtpkdot.TEACHERS.index(teacher) for teacher in candidates]
 
     # The student: the visual backbone of stage 1, or afresh; T-Net; a fusion of its own.
     seed_everything(run, "student")
@@ -592,12 +592,12 @@ def student(run, method, z):
     def loss_of(rows, z_s, prediction):
         label = labels(run, rows)
         with torch.no_grad():
-            z_teachers, said = (t[:, among] for t in known(z[rows].to(run.device)))
+            z_teachers, said = (t[:, columns] for t in teacher_net(z[rows].to(run.device)))
         losses = torch.stack([mtpkdot.task_loss(one, label) for one in said.unbind(1)])
         chosen = mtpkdot.choose_teacher(losses)
         teacher = {"z_t": z_teachers[:, chosen], "prediction_t": said[:, chosen]}
         terms = mtpkdot.student_loss(weights, prediction, label, z_s, **teacher, **transport)
-        return {**terms, **{name: chosen == i for i, name in enumerate(followed)}}
+        return {**terms, **{name: chosen == i for i, name in enumerate(candidates)}}
 
     # Train it. Its file holds all that inference needs.
     seed_everything(run, "batches")
@@ -766,8 +766,8 @@ def draw(run, history):
         rows = run.val[torch.linspace(0, len(run.val) - 1, min(len(run.val), 240)).long()]
         rows = rows[run.data.label[rows].view(len(rows), -1)[:, 0].argsort(stable=True)]
         network = models.load_student(load(run, f"student_{method}")).to(run.device)
-        known = trained_teachers(run, METHODS[method][0])
-        z_j = predict(run, known, embeddings(run), rows)[0][:, 0]
+        teacher_net = trained_teachers(run, METHODS[method][0])
+        z_j = predict(run, teacher_net, embeddings(run), rows)[0][:, 0]
         z_s = predict(run, network, run.data.visual, rows)[0]
         picture = pictures["similarity"] = figure.Figure(figsize=(8, 4))
         shown = {"joint teacher": z_j, f"student {method}": z_s}
