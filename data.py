@@ -81,18 +81,18 @@ def load(args, need_privileged=True, need_label=True, progress=iter):
         return features(args.data or "argument --data: none", *needs)
     root = args.data or f"data/{args.dataset}"
     if args.dataset == "affwild2":
-        return affwild2(root, *needs, args.clip_stride or 1, args.workers, progress)
+        return affwild2(root, *needs, args.clip_stride, args.workers, progress)
     return biovid(root, *needs, args.levels, args.signal)
 
 
 def features(path, need_privileged=True, need_label=True):
     """Two views of anything, from a .npz file of KEYS, where group and split may be missing."""
     needed = ["visual"] + ["privileged"] * need_privileged + ["label"] * need_label
-    wanted = {"label", "group", "split"} if need_privileged else {"label"}
+    useful = KEYS if need_privileged else ["visual", "label"]
     with reading(path, f"must be a .npz file of plain arrays {', '.join(needed)}"):
         with np.load(path, allow_pickle=False) as file:
-            optional = sorted(wanted & set(file.files))
-            arrays = {key: file[key] for key in dict.fromkeys([*needed, *optional])}
+            there = [key for key in useful if key in needed or key in file.files]
+            arrays = {key: file[key] for key in there}
 
     # Check each array, and turn numbers to vectors (N, F).
     count = len(np.atleast_1d(arrays["visual"]))
@@ -352,8 +352,8 @@ def _valence_arousal(path):
     """(frames, 2) of an annotation file."""
     with reading(path, 'must be "valence,arousal", then two numbers a line in [-1, 1], or -5'):
         header, *lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
-        lines = [line or "-" for line in lines]  # which numpy would leave out
-        values = np.loadtxt(lines or ["-"], delimiter=",", comments=None, ndmin=2)
+        lines = [line or "-" for line in lines or [""]]  # numpy would leave out empty ones
+        values = np.loadtxt(lines, delimiter=",", comments=None, ndmin=2)
         bad = ~((abs(values) <= 1) | (values == -5)).all(axis=1)
         if header != "valence,arousal" or values.shape[1] != 2 or bad.any():
             raise ValueError(f"line {2 + bad.argmax() if bad.any() else 1}")
@@ -386,9 +386,11 @@ def biovid(
         file = root / "biosignals_filtered" / clip.parent.name / f"{clip.name}_bio.csv"
         evenly = np.linspace(0, len(numbers) - 1, 10).round().astype(int)
         clips.append((clip, file, level, clip.parent.name, numbers[evenly], numbers))
-    for level in levels if need_label else ["LEVEL"] * (not clips):
-        if all(level != clip[2] for clip in clips):
-            raise DataError(f"{root}/frames: no clip SUBJECT/SUBJECT-{level}-NUMBER in it")
+    found = {clip[2] for clip in clips}
+    missing = [level for level in levels if need_label and level not in found]
+    if missing or not clips:
+        level = missing[0] if missing else "LEVEL"
+        raise DataError(f"{root}/frames: no clip SUBJECT/SUBJECT-{level}-NUMBER in it")
     folders, files, label, people, frames, present = zip(*clips)
     of, about = np.arange(len(clips)), {"frames": np.array(frames), "present": list(present)}
     visual = Frames(folders, of, (3, 10, 112, 112), pattern="img_{:05d}.jpg", **about)

@@ -176,7 +176,8 @@ def options(argv=None):
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.levels = args.levels.split(",")
-    args.dataset = args.dataset or ("synthetic" if args.stage != "eval" else None)
+    if args.stage != "eval":  # which has both from the student
+        args.dataset, args.clip_stride = args.dataset or "synthetic", args.clip_stride or 1
     args.out = args.out or Path("runs") / str(args.dataset)
     if args.epochs:
         args.updates = 0
@@ -315,6 +316,11 @@ def headline(value):
     return value["mean"] if isinstance(value, dict) else value
 
 
+def refuse_unless_finite(run, what, tensors):
+    if not all(bool(t.isfinite().all()) for t in tensors):
+        refuse(f"{run.place}: its {what} not finite; what was saved stays; lower its --lr")
+
+
 def forward(run, network, view, batches):
     """Yield each batch of rows and the network's outputs for it, a tuple of tensors (B, ...).
 
@@ -328,8 +334,7 @@ def forward(run, network, view, batches):
     for rows, x in zip(batches, DataLoader(view, batch_size=None, sampler=parts, **how)):
         outputs = network(x.to(run.device, non_blocking=True))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        if not all(bool(t.isfinite().all()) for t in outputs):
-            refuse(f"{run.place}: its outputs are not finite; what was saved stays; lower its --lr")
+        refuse_unless_finite(run, "outputs are", outputs)
         if shared:
             outputs = tuple(Gather.apply(t)[: len(rows)] for t in outputs)
         yield rows, outputs
@@ -409,8 +414,7 @@ def fit(run, name, network, rates, epochs, view, loss_of, scored, full=None, **a
 
         # Score it on the rows that choose the epoch, and keep the best.
         now = float(np.mean([headline(value) for value in scores_of(run.choose).values()]))
-        if not math.isfinite(now):
-            refuse(f"{run.place}: its score is not finite; what was saved stays; lower its --lr")
+        refuse_unless_finite(run, "score is", [torch.tensor(now)])
         if now > saved["best"]:
             weights = {key: t.cpu().clone() for key, t in full.state_dict().items()}
             saved.update(best=now, weights=weights)
@@ -743,8 +747,9 @@ def show(args, data, result):
     print(f"Saved in {args.out}: results.json, history.csv, pictures, and a folder a fold.")
 
 
-def draw(run, history):
-    """history.png: loss above score, a line a fold. similarity.png: of clips in order of label."""
+def draw(run, finished, history):
+    """history.png: loss above score, a line a fold. similarity.png: of clips in order of label, by
+    the first of the run's students that is among the finished ones."""
     try:
         from matplotlib import figure
     except ImportError:
@@ -761,8 +766,7 @@ def draw(run, history):
     pictures = {"history": picture}
 
     # The joint teacher's similarities beside those of the first student.
-    made = [m for m in run.methods if "scores" in (load(run, f"student_{m}") or {})]
-    for method in [m for m in made if m != "visual"][:1]:
+    for method in [m for m in run.methods if m in finished and m != "visual"][:1]:
         rows = run.val[torch.linspace(0, len(run.val) - 1, min(len(run.val), 240)).long()]
         rows = rows[run.data.label[rows].view(len(rows), -1)[:, 0].argsort(stable=True)]
         network = models.load_student(load(run, f"student_{method}")).to(run.device)
@@ -808,8 +812,8 @@ def train_all(args):
     """All stages that are asked for, seed by seed and fold by fold, then the report."""
     args.out.mkdir(parents=True, exist_ok=True)
     data = datasets.load(args, progress=lambda files: bar(files, "sound"))
-    args.content = datasets.digest(data.visual, data.privileged, data.label, data.group, data.split)
-    args.visual_content = datasets.digest(data.visual)
+    args.visual_content, others = datasets.digest(data.visual), (data.label, data.group, data.split)
+    args.content = datasets.digest(args.visual_content, data.privileged, *others)
     if args.folds_by == "clip":
         data = data._replace(group=None)
     runs = runs_of(args, data)
@@ -822,7 +826,7 @@ def train_all(args):
     # The report is of all folds that the folder has, not of this command's alone.
     pairs = [(run, *collect(run)) for run in runs]
     pairs = [(run, report, rows) for run, report, rows in pairs if rows]
-    last, history = pairs[-1][0], [row for _, _, rows in pairs for row in rows]
+    history = [row for _, _, rows in pairs for row in rows]
     columns, file = dict.fromkeys(key for row in history for key in row), io.StringIO()
     lines = csv.DictWriter(file, columns, lineterminator="\n")
     lines.writeheader()
@@ -830,7 +834,8 @@ def train_all(args):
     write(args.out / "history.csv", file.getvalue().encode())
     result = summary(args, data, [report for _, report, _ in pairs])
     write(args.out / "results.json", f"{json.dumps(result, indent=2)}\n".encode())
-    draw(last, history)
+    last, report, _ = pairs[-1]
+    draw(last, report["students"], history)
     show(args, data, result)
 
 
