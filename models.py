@@ -249,7 +249,7 @@ class Fusion(nn.Module):
 
     def __init__(self, dim, outputs, dropout=0.0, heads=2):
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout1d(dropout)  # of the whole embedding of a modality
         self.self_visual = SelfAttention(dim, heads)
         self.self_privileged = SelfAttention(dim, heads)
         self.cross_visual = nn.MultiheadAttention(dim, heads, batch_first=True)

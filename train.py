@@ -393,11 +393,11 @@ def fit(run, name, network, rates, epochs, view, loss_of, scored, full=None, **a
     # Go on where the same command stopped before.
     parts = {"network": network, "optimizer": optimizer, "decay": decay}
     if saved["history"]:
-        torch.set_rng_state(saved["random"])
         for key, part in parts.items():
             part.load_state_dict(saved[key])
     for epoch in range(len(saved["history"]) + 1, epochs + 1):
-        # Train on every row once.
+        # Train on every row once, in an order that is that of every other network.
+        seed_everything(run, epoch)
         run.place = f"seed {run.seed}  fold {run.number}  {name:<26}  epoch {epoch:>3}/{epochs}"
         trained.train()
         order = run.train[torch.randperm(len(run.train))].tensor_split(steps)
@@ -423,7 +423,7 @@ def fit(run, name, network, rates, epochs, view, loss_of, scored, full=None, **a
         row = {"seed": run.seed, "fold": run.number, "model": name, "epoch": epoch, "score": now}
         row.update({term: value.item() for term, value in means.items()})
         saved.update({key: part.state_dict() for key, part in parts.items()})
-        saved.update(history=[*saved["history"], row], random=torch.get_rng_state())
+        saved["history"] = [*saved["history"], row]
         save(run, name, saved)
         print(f"{run.place}  loss {row['loss']:.4f}  score {now:.4f}", flush=True)
 
@@ -560,8 +560,7 @@ def trained_teachers(run, stage):
 
 
 def students(run):
-    """Stage 3. All students start from the same weights, and those with a fusion see the same
-    batches."""
+    """Stage 3. All students start from the same weights and see the same batches."""
     z = embeddings(run)
     for method in run.methods:
         student(run, method, z)
@@ -604,7 +603,6 @@ def student(run, method, z):
         return {**terms, **{name: chosen == i for i, name in enumerate(candidates)}}
 
     # Train it. Its file holds all that inference needs.
-    seed_everything(run, "batches")
     about = {"method": method, "task": run.data.task, "names": run.data.names, "val": run.val}
     about.update(dim=run.dim, width=run.width, input_shape=list(run.data.visual.shape[1:]))
     about["trained_on"] = run.visual_content
