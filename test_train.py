@@ -37,7 +37,7 @@ METHODS += ["mse", "cosine", "rkd", "kd", "task", "visual"]
 
 def as_script(argv, folder, said, limit, pictures):
     for stream in (1, 2):
-        os.dup2(os.open(f"{said}/{stream}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        os.dup2(os.open(f"{said}/{stream}", os.O_WRONLY | os.O_APPEND), stream)
     os.chdir(folder)
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -61,6 +61,8 @@ def go(*argv, folder=".", send=9, after=60, limit=None, pictures=False):
     """train.py as a script, in a fork of a process that has imported torch. After so many seconds
     it gets the signal `send`. It can write no file of more than `limit` bytes."""
     with tempfile.TemporaryDirectory() as said:
+        for name in "12":  # a process may be killed before it says anything
+            Path(said, name).touch()
         job = ([str(a) for a in argv], str(folder), said, limit, pictures)
         process, start = CONTEXT.Process(target=as_script, args=job), time.monotonic()
         with LOCK:
