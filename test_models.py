@@ -182,10 +182,10 @@ def test_shapes_and_counts_are_published_and_such_files_load(build, options, ste
 def test_other_weights_are_refused_with_every_key():
     video, wide = models.R3D18(width=2).state_dict(), models.ResNet18(width=4).state_dict()
     video["extra"] = video.pop("layer3.1.conv2.0.weight")
-    for build, other, why in (
-        (models.R3D18, video, "R3D18: missing layer3.1.conv2.0.weight; unexpected extra$"),
-        (models.ResNet18, video, "ResNet18: .*missing bn1.weight; .*unexpected stem.0.weight; "),
-        (models.ResNet18, wide, r"ResNet18: .*layer1.0.bn1.weight of shape \(4,\), not \(2,\); "),
+    for build, other, *why in (
+        (models.R3D18, video, "R3D18:", "Missing.*layer3.1.conv2.0.weight.*Unexpected.*extra"),
+        (models.ResNet18, video, "ResNet18:", "Missing.*bn1.weight.*Unexpected.*stem.0.weight"),
+        (models.ResNet18, wide, "ResNet18:", r"layer1.0.bn1.weight: .*\[4\].*\[2\]"),
     ):
-        with pytest.raises(ValueError, match="^not the published weights of " + why):
+        with pytest.raises(RuntimeError, match="(?s)" + ".*".join(why)):
             models.load_published(build(width=2), other)
