@@ -197,21 +197,17 @@ def origin(run, name):
     return {"data": run.content, **{key: getattr(run, key) for key in names_of("data", *stages)}}
 
 
-def write(path, content):
-    """Write bytes by way of a temporary file, so that no kill leaves half a file."""
-    if processes()[0] == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.tmp")
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-
-
 def save(run, name, saved):
-    """Save a dict with its origin. No process goes on to read before the file is there."""
-    file = io.BytesIO()
+    """Save a dict with its origin, by way of a temporary file, so that no kill leaves half a file.
+    No process goes on to read before it is there."""
+    path, file = run.folder / f"{name}.pt", io.BytesIO()
     torch.save({**saved, "origin": origin(run, name)}, file)
     wait_for_all()
-    write(run.folder / f"{name}.pt", file.getbuffer())
+    if processes()[0] == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_bytes(file.getbuffer())
+        os.replace(temporary, path)
     wait_for_all()
 
 
@@ -272,23 +268,17 @@ def bar(steps, name, count=None):
     return tqdm(steps, name, count, leave=False, disable=processes()[0] > 0 or None)
 
 
-class Gather(torch.autograd.Function):
+def gather(part):
     """The outputs (n, ...) of all processes for their shares, put together in order of the rows.
 
-    Each process then has the loss of the whole batch. DistributedDataParallel takes the mean of
-    their gradients where the sum is due, hence the factor on the way back.
+    Each process then has the loss of the whole batch, whose gradient reaches its own share alone.
     """
-
-    @staticmethod
-    def forward(ctx, part):
-        parts = [torch.empty_like(part) for _ in range(processes()[1])]
-        distributed.all_gather(parts, part.contiguous())
-        return torch.stack(parts, dim=1).flatten(0, 1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        rank, count = processes()
-        return grad[rank::count] * count
+    rank, count = processes()
+    parts = [torch.empty_like(part) for _ in range(count)]
+    distributed.all_gather(parts, part.detach().contiguous())
+    # DistributedDataParallel takes the mean of gradients where the sum is due: count times as much.
+    parts[rank] = part + (count - 1) * (part - part.detach())
+    return torch.stack(parts, dim=1).flatten(0, 1)
 
 
 # ---- fit: the one training loop -----------------------------------------------------------------
@@ -336,7 +326,7 @@ def forward(run, network, view, batches):
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         refuse_unless_finite(run, "outputs are", outputs)
         if shared:
-            outputs = tuple(Gather.apply(t)[: len(rows)] for t in outputs)
+            outputs = tuple(gather(t)[: len(rows)] for t in outputs)
         yield rows, outputs
 
 
@@ -378,14 +368,17 @@ def fit(run, name, network, rates, epochs, view, loss_of, scored, full=None, **a
             nn.SyncBatchNorm.convert_sync_batchnorm(network)
         trained = DistributedDataParallel(network)
 
+    @torch.no_grad()
     def scores_of(rows):
-        outputs = predict(run, trained, view, rows)
         if not scored:  # batch by batch, as MMD compares all pairs
-            count, losses = math.ceil(len(rows) / run.batch_size), []
-            for part, *out in zip(*(t.tensor_split(count) for t in (rows, *outputs))):
-                loss = loss_of(part, *(t.to(run.device) for t in out))["loss"]
-                losses.append(loss.item() * len(part) / len(rows))
+            trained.eval()
+            batches = rows.tensor_split(math.ceil(len(rows) / run.batch_size))
+            losses = [
+                loss_of(part, *outputs)["loss"].item() * len(part) / len(rows)
+                for part, outputs in forward(run, trained, view, batches)
+            ]
             return {"tnet": -sum(losses)}
+        outputs = predict(run, trained, view, rows)
         # Of several models predictions are (N, models, K), of one (N, K).
         predictions = outputs[1].unbind(1) if len(scored) > 1 else outputs[1:]
         return {model: score(run.data, said, rows) for model, said in zip(scored, predictions)}
@@ -456,17 +449,16 @@ def single(run, view, name=None, dropout=0.0):
 
 
 def embeddings(run):
-    """z_v and z_p of all clips by the backbones of stage 1, (N, 2, D), from files or made."""
-    both = []
-    for view in VIEWS:
-        source, name = getattr(run.data, view), f"teachers_{view}_embedding"
-        saved = load(run, name)
-        if saved is None:
-            encoder, rows = single(run, view, f"teachers_{view}").encoder, torch.arange(len(source))
-            saved = {"z": predict(run, encoder, source, rows)[0]}
-            save(run, name, saved)
-        both.append(saved["z"])
-    return torch.stack(both, dim=1)
+    """z_v and z_p of all clips by the backbones of stage 1, (N, 2, D), from a file or made."""
+    saved = load(run, "teachers_embeddings")
+    if saved is None:
+        both, rows = [], torch.arange(len(run.data.label))
+        for view in VIEWS:
+            encoder = single(run, view, f"teachers_{view}").encoder
+            both += predict(run, encoder, getattr(run.data, view), rows)
+        saved = {"z": torch.stack(both, dim=1)}
+        save(run, "teachers_embeddings", saved)
+    return saved["z"]
 
 
 def teachers(run):
@@ -661,20 +653,38 @@ def evaluate(args):
 # ---- report -------------------------------------------------------------------------------------
 
 
+def report(args, data, runs):
+    """results.json, history.csv, pictures and the table, of all folds that the folder has."""
+    collected = [(run, *collect(run)) for run in runs]
+    collected = [(run, scores, rows) for run, scores, rows in collected if rows]
+    history = [row for _, _, rows in collected for row in rows]
+    result = summary(args, data, [scores for _, scores, _ in collected])
+    if processes()[0] == 0:
+        (args.out / "results.json").write_text(f"{json.dumps(result, indent=2)}\n")
+        with open(args.out / "history.csv", "w") as file:
+            columns = dict.fromkeys(name for row in history for name in row)
+            lines = csv.DictWriter(file, columns, lineterminator="\n")
+            lines.writeheader()
+            lines.writerows(history)
+    run, scores, _ = collected[-1]
+    draw(run, scores["students"], history)
+    show(args, data, result)
+
+
 def collect(run):
     """The scores of a fold, and its history, from what its folder holds."""
-    report, history = {"seed": run.seed, "fold": run.number}, []
-    report.update(students={}, teacher_picks={})
+    scores, history = {"seed": run.seed, "fold": run.number}, []
+    scores.update(students={}, teacher_picks={})
     names = [f"teachers_{name}" for name in (*VIEWS, "joint", "tnet")] + ["align"]
     for name in [*names, *(f"student_{method}" for method in METHODS)]:
         saved = load(run, name)
         if saved and "scores" in saved:
             history += saved["history"]
-            (report["students"] if "method" in saved else report).update(saved["scores"])
+            (scores["students"] if "method" in saved else scores).update(saved["scores"])
     followed = [row for row in history if row["model"] == "student_mtpkdot"]
     for teacher in ALL if followed else ():
-        report["teacher_picks"][teacher] = float(np.mean([row[teacher] for row in followed]))
-    return report, history
+        scores["teacher_picks"][teacher] = float(np.mean([row[teacher] for row in followed]))
+    return scores, history
 
 
 def merged(reports, statistic):
@@ -820,21 +830,7 @@ def train_all(args):
             for stage, make in zip(STAGES, (teachers, align, students)):
                 if args.stage in ("all", stage):
                     make(run)
-
-    # The report is of all folds that the folder has, not of this command's alone.
-    pairs = [(run, *collect(run)) for run in runs]
-    pairs = [(run, report, rows) for run, report, rows in pairs if rows]
-    history = [row for _, _, rows in pairs for row in rows]
-    columns, file = dict.fromkeys(key for row in history for key in row), io.StringIO()
-    lines = csv.DictWriter(file, columns, lineterminator="\n")
-    lines.writeheader()
-    lines.writerows(history)
-    write(args.out / "history.csv", file.getvalue().encode())
-    result = summary(args, data, [report for _, report, _ in pairs])
-    write(args.out / "results.json", f"{json.dumps(result, indent=2)}\n".encode())
-    last, report, _ = pairs[-1]
-    draw(last, report["students"], history)
-    show(args, data, result)
+    report(args, data, runs)
 
 
 def main(argv=None):
