@@ -85,6 +85,7 @@ def load(args, need_privileged=True, need_label=True, progress=iter):
     return biovid(root, *needs, args.levels, args.signal)
 
 
+@np.errstate(over="ignore")  # what becomes infinite is refused
 def features(path, need_privileged=True, need_label=True):
     """Two views of anything, from a .npz file of KEYS, where group and split may be missing."""
     needed = ["visual"] + ["privileged"] * need_privileged + ["label"] * need_label
@@ -103,9 +104,9 @@ def features(path, need_privileged=True, need_label=True):
             words = f"{words}, N = {count}, not {array.dtype} {array.shape}"
             raise DataError(f"{path}: {key} must be {words}")
         if key in ("visual", "privileged") or array.ndim == 2:
-            with np.errstate(over="ignore"):
-                values = torch.from_numpy(array.astype(np.float32).reshape(count, -1))
-            _refuse_rows(path, key, ~values.isfinite().all(1), "NaN or too large values")
+            values = torch.from_numpy(array.astype(np.float32).reshape(count, -1))
+            bad = ~values.isfinite().all(1)
+            _refuse_rows(bad, f"{path}: {key}", "holds NaN or too large values; mend it")
             arrays[key] = values
 
     # Number the classes and the people.
@@ -121,14 +122,15 @@ def features(path, need_privileged=True, need_label=True):
     if group is not None:
         group = np.unique(group, return_inverse=True)[1]
     if split is not None:
-        _refuse_rows(path, "split", ~np.isin(split, ["train", "val"]), 'neither "train" nor "val"')
+        bad = ~np.isin(split, ["train", "val"])
+        _refuse_rows(bad, f"{path}: split", 'holds neither "train" nor "val"; mend it')
         split = split == "train"
     return TwoView(arrays["visual"], arrays.get("privileged"), label, names, group, split)
 
 
-def _refuse_rows(path, key, bad, what):
+def _refuse_rows(bad, place, what):
     for row in np.flatnonzero(bad):
-        raise DataError(f"{path}: {key} row {row} holds {what}; mend it")
+        raise DataError(f"{place} row {row} {what}")
 
 
 def synthetic(seed=0, people=60, clips=24, size=24):
@@ -182,34 +184,34 @@ def _finite(path, values):
 
 
 class Frames(RawView):
-    """Clips of T face frames, (N, 3, T, 112, 112) uint8.
+    """Clips of T face frames, (N, 3, T, 112, 112) uint8, from files prefix00001.jpg ...
 
-    frames[i] are the numbers of clip i. Where each folder is one clip, present[i] are the numbers
-    of all its frames; else present is empty.
+    Of frames[i], the numbers of those of clip i, T are taken, evenly spread. Where each folder is
+    one clip, `whole`, these are all its frames.
     """
 
     def name(self, row):
         """FOLDER, where it is a clip, or FOLDER/NUMBER of the last frame."""
         folder = self.files[self.of[row]].name
-        return folder if self.present else f"{folder}/{self.frames[row][-1]:05d}"
+        return folder if self.whole else f"{folder}/{self.frames[row][-1]:05d}"
 
     def drawn(self, seed):
         """The view for an epoch of training: where a folder is a clip, two neighbours from a random
         place in each of T / 2 equal segments. Source: released code."""
-        if not self.present:
+        if not self.whole:
             return self
         view, pairs, random = copy.copy(self), self.shape[2] // 2, np.random.default_rng(seed)
-        view.frames = self.frames.copy()
-        for row, numbers in enumerate(self.present):
+        view.frames = []
+        for numbers in self.frames:
             places = (np.arange(pairs) + random.random(pairs)) * (len(numbers) - 1) / pairs
             places = places.astype(int).repeat(2) + np.tile([0, 1], pairs)
-            view.frames[row] = numbers[places.clip(max=len(numbers) - 1)]
+            view.frames.append(numbers[places.clip(max=len(numbers) - 1)])
         return view
 
     def clip(self, folder, row):
-        images = []
-        for number in self.frames[row]:
-            path = folder / self.pattern.format(number)
+        numbers, images = self.frames[row], []
+        for place in np.linspace(0, len(numbers) - 1, self.shape[2]).round().astype(int):
+            path = folder / f"{self.prefix}{numbers[place]:05d}.jpg"
             with reading(path, "not a JPEG that Pillow (pip install pillow) can read"):
                 from PIL import Image  # here, as other data need no Pillow
 
@@ -239,7 +241,7 @@ class Sounds(RawView):
 @np.errstate(all="ignore")
 def _log_mel_of(path):
     """The log_mel of a wav file, (64, steps) float16, after as much silence as a clip can need."""
-    with reading(path, "not a wav file of 8, 16 or 32 bits"), warnings.catch_warnings():
+    with reading(path, "must be a wav file of 8, 16 or 32 bits"), warnings.catch_warnings():
         warnings.simplefilter("ignore", wavfile.WavFileWarning)  # metadata, which ffmpeg writes
         rate, samples = wavfile.read(path, mmap=True)  # which refuses a file cut short
         if len(samples) == 0 or not 1_000 <= rate <= 400_000:
@@ -311,15 +313,13 @@ def affwild2(root, need_privileged=True, need_label=True, stride=1, workers=0, p
         name = file.name.removesuffix(".txt")
         folder = root / "cropped_aligned" / name
         sound = root / "audio" / f"{re.sub('_(left|right)$', '', name)}.wav"
-        present = _frame_numbers(folder, prefix="")
+        present = _frame_numbers(folder, "")
         label = _valence_arousal(file) if need_label else np.zeros((max(present, default=0), 2))
         present = present[(present >= 1) & (present <= len(label))]
         ends = present[(label[present - 1] != -5).all(axis=1)][::stride]
         if len(ends) == 0:
-            warnings.warn(f"{folder}: no annotated frame with a face", stacklevel=2)
+            warnings.warn(f"{folder}: no annotated frame with a face")
             continue
-        if need_privileged and not sound.is_file():
-            raise DataError(f"{sound} is missing; make it as README says")
         before = np.searchsorted(present, ends[:, None] - np.arange(28, -1, -4), side="right") - 1
         frames, training = present[before.clip(min=0)], file.parent.name == "Train_Set"
         videos.append((folder, sound, training, frames, ends / len(label), label[ends - 1]))
@@ -330,7 +330,7 @@ def affwild2(root, need_privileged=True, need_label=True, stride=1, workers=0, p
     of = np.repeat(np.arange(len(videos)), [len(frames) for frames in arrays[0]])
     frames, ends, label = map(np.concatenate, arrays)
     people = np.unique([path.name for path in sounds], return_inverse=True)[1]  # _left with _right
-    visual = Frames(folders, of, (3, 8, 112, 112), pattern="{:05d}.jpg", frames=frames, present=[])
+    visual = Frames(folders, of, (3, 8, 112, 112), prefix="", frames=frames, whole=False)
     privileged = Sounds(sounds, of, ends, workers, progress) if need_privileged else None
     label = torch.from_numpy(label).float() if need_label else None
     return TwoView(visual, privileged, label, AFFECT, people[of], np.array(training)[of])
@@ -370,30 +370,21 @@ def biovid(
 
     Source: released code.
     """
-    root, levels = Path(root), list(levels)
-    for level in levels:
-        if level not in BIOVID_LEVELS or levels.count(level) > 1:
-            known = ",".join(BIOVID_LEVELS)
-            raise DataError(f"argument --levels: {level} is twice there or not one of {known}")
+    root, levels, clips = Path(root), list(dict.fromkeys(levels)), []
     _check_folders(root, ["frames"] + ["biosignals_filtered"] * need_privileged)
-    clips = []
-    for clip in sorted((root / "frames").glob("*/*-*-*")):
-        level, numbers = clip.name.split("-")[1], _frame_numbers(clip, prefix="img_")
-        if need_label and level not in levels:
-            continue
+    for level in levels if need_label else ["*"]:
+        found = [(clip, level) for clip in root.glob(f"frames/*/*-{level}-*")]
+        if not found:
+            raise DataError(f"{root}/frames: no clip SUBJECT/SUBJECT-{level}-NUMBER in it")
+        clips += found
+    clips, label = zip(*sorted(clips))
+    frames = [_frame_numbers(clip, "img_") for clip in clips]
+    for clip, numbers in zip(clips, frames):
         if len(numbers) == 0:
             raise DataError(f"{clip}: no img_00001.jpg; extract its frames or remove it")
-        file = root / "biosignals_filtered" / clip.parent.name / f"{clip.name}_bio.csv"
-        evenly = np.linspace(0, len(numbers) - 1, 10).round().astype(int)
-        clips.append((clip, file, level, clip.parent.name, numbers[evenly], numbers))
-    found = {clip[2] for clip in clips}
-    missing = [level for level in levels if need_label and level not in found]
-    if missing or not clips:
-        level = missing[0] if missing else "LEVEL"
-        raise DataError(f"{root}/frames: no clip SUBJECT/SUBJECT-{level}-NUMBER in it")
-    folders, files, label, people, frames, present = zip(*clips)
-    of, about = np.arange(len(clips)), {"frames": np.array(frames), "present": list(present)}
-    visual = Frames(folders, of, (3, 10, 112, 112), pattern="img_{:05d}.jpg", **about)
+    people, of = [clip.parent.name for clip in clips], np.arange(len(clips))
+    visual = Frames(clips, of, (3, 10, 112, 112), prefix="img_", frames=frames, whole=True)
+    files = [root / f"biosignals_filtered/{clip.parent.name}/{clip.name}_bio.csv" for clip in clips]
     privileged = Signals(files, of, (1, 65, 127), signal=signal) if need_privileged else None
     label = torch.tensor([levels.index(level) for level in label]) if need_label else None
     group = np.unique(people, return_inverse=True)[1]
@@ -409,23 +400,23 @@ def folds(data, k=None, seed=0, train_rows=None, set_aside=False):
     """
     if data.task == "classification" and len(data.names) < 2:
         raise DataError(f"label holds a single class, {data.names[0]}; there is nothing to learn")
-    own = data.split is not None and k is None
-    k = k or 5
-    if own and data.group is not None:
-        for row in np.flatnonzero(np.isin(data.group, data.group[data.split]) & ~data.split):
-            what = f"row {row} is of a person in both parts of split"
-            raise DataError(f"{what}: mend group or split, or use --folds-by clip")
-    fold_of = data.split.astype(int) if own else _fold_of(data, k, seed)
+    person = np.arange(len(data.label)) if data.group is None else data.group
+    if data.split is None or k:
+        fold_of, count = _fold_of(data, person, k or 5, seed), k or 5
+    else:
+        fold_of, count = data.split.astype(int), 1
+        bad = np.isin(person, person[data.split]) & ~data.split
+        what = "is of a person in both parts of split: mend group or split, or use --folds-by clip"
+        _refuse_rows(bad, "group", what)
     draw, result = np.random.default_rng(seed).permutation, []
-    for i in range(1 if own else k):
+    for i in range(count):
         train, val = np.flatnonzero(fold_of != i), np.flatnonzero(fold_of == i)
         if (train_rows or 0) > len(train):
             raise DataError(f"argument --train-rows: fold {i} has only {len(train)}")
         train, choose = np.sort(draw(train)[:train_rows]), val
         if set_aside:
-            unit = train if data.group is None else data.group[train]
-            units = draw(np.unique(unit))
-            aside = np.isin(unit, units[: max(1, len(units) // 5)])
+            people = draw(np.unique(person[train]))
+            aside = np.isin(person[train], people[: max(1, len(people) // 5)])
             train, choose = train[~aside], train[aside]
         if min(len(train), len(choose), len(val)) < 2:
             counts = f"{len(train)} training, {len(choose)} choosing and {len(val)} scored rows"
@@ -438,18 +429,15 @@ def folds(data, k=None, seed=0, train_rows=None, set_aside=False):
     return result
 
 
-def _fold_of(data, k, seed):
+def _fold_of(data, person, k, seed):
     """The fold of each row: people, largest first, or rows, class by class, are dealt in turn."""
-    unit = np.arange(len(data.label)) if data.group is None else data.group
-    key = -np.bincount(unit)
+    key = -np.bincount(person)
     if data.group is None and data.task == "classification":
         key = data.label.numpy()
-    if len(key) < k:
-        raise DataError(f"{len(key)} people or rows are too few for {k} folds: use fewer --folds")
     shuffled = np.random.default_rng(seed).permutation(len(key))
     fold_of = np.empty(len(key), dtype=int)
     fold_of[shuffled[np.argsort(key[shuffled], kind="stable")]] = np.arange(len(key)) % k
-    return fold_of[unit]
+    return fold_of[person]
 
 
 def digest(*values):

@@ -10,24 +10,22 @@ import torch
 from data import DataError, digest, features, folds, load, synthetic
 
 
-def arrays(n=40, **more):
-    rng = np.random.default_rng(0)
-    views = {"visual": rng.normal(size=(n, 5)), "privileged": rng.normal(size=(n, 2, 3))}
-    return {**views, "label": np.arange(n) % 4, **more}
-
-
-def written(tmp_path, **keys):
-    kept = {name: value for name, value in arrays(**keys).items() if value is not None}
-    np.savez(tmp_path / "f.npz", **kept)
+def written(tmp_path, n=40, **keys):
+    """A file of two views of n rows and four classes, and of other keys; None leaves one out."""
+    normal = np.random.default_rng(0).normal
+    views = {"visual": normal(size=(n, 5)), "privileged": normal(size=(n, 2, 3))}
+    keys = {**views, "label": np.arange(n) % 4, **keys}
+    np.savez(tmp_path / "f.npz", **{key: array for key, array in keys.items() if array is not None})
     return tmp_path / "f.npz"
 
 
 def test_features_are_what_was_written(tmp_path):
     people, parts = np.repeat(list("abcd"), 10), np.repeat(["train", "val"], [30, 10])
-    given = arrays(group=people, split=parts)
-    data = features(written(tmp_path, group=people, split=parts))
-    assert np.array_equal(data.visual.numpy(), given["visual"].astype(np.float32))
-    assert np.array_equal(data.privileged.numpy(), given["privileged"].reshape(40, 6).astype("f4"))
+    path = written(tmp_path, group=people, split=parts)
+    data, given = features(path), np.load(path)
+    for key in ("visual", "privileged"):
+        want = torch.tensor(given[key].reshape(40, -1), dtype=torch.float32)
+        torch.testing.assert_close(getattr(data, key), want, rtol=0, atol=0)
     assert data.label.tolist() == given["label"].tolist() and data.names == [0, 1, 2, 3]
     assert data.group.tolist() == np.repeat([0, 1, 2, 3], 10).tolist()
     assert data.split.tolist() == [True] * 30 + [False] * 10
@@ -117,52 +115,34 @@ def check_partition(parts, n):
         assert train.tolist() == sorted(set(range(n)) - set(val.tolist()))
 
 
-def test_folds_by_person_share_nobody(tmp_path):
-    group = np.repeat(np.arange(10), np.arange(1, 11))
-    label = np.random.default_rng(0).normal(size=(55, 2))
-    data = features(written(tmp_path, n=55, label=label, group=group))
-    parts = folds(data, 5, seed=1)
-    check_partition(parts, 55)
-    for train, _, val in parts:
-        assert not set(group[train]) & set(group[val])
-        assert 7 <= len(val) <= 15
-    even = data._replace(group=np.arange(55) // 5)
-    assert folds(even, 5, seed=1)[0][2].tolist() != folds(even, 5, seed=2)[0][2].tolist()
-    with pytest.raises(DataError, match="10 people or rows are too few for 11 folds"):
-        folds(data, 11)
-
-
-def test_a_fifth_is_set_aside_of_people_or_of_rows(tmp_path):
+def test_folds_share_nobody_and_a_fifth_of_the_people_is_set_aside(tmp_path):
     group, label = np.arange(120) // 6, np.random.default_rng(0).normal(size=(120, 2))
     data = features(written(tmp_path, n=120, label=label, group=group))
-    aside = folds(data, 4, seed=1, set_aside=True)
-    for (train, choose, val), (everything, _, same) in zip(aside, folds(data, 4, seed=1)):
+    parts, aside = (folds(data, 4, seed=1, set_aside=wanted) for wanted in (False, True))
+    check_partition(parts, 120)
+    for (train, choose, val), (everything, _, same) in zip(aside, parts):
         assert val.equal(same) and sorted([*train, *choose]) == everything.tolist()
-        parts = [set(group[rows]) for rows in (train, choose, val)]
-        assert [len(people) for people in parts] == [12, 3, 5] and len(set.union(*parts)) == 20
-    train, choose, val = folds(data._replace(group=None), 4, set_aside=True)[0]
-    assert (len(train), len(choose), len(val)) == (72, 18, 30)
-    assert len({*train.tolist(), *choose.tolist(), *val.tolist()}) == 120
+        people = [set(group[rows]) for rows in (train, choose, val)]
+        assert [len(part) for part in people] == [12, 3, 5] and len(set.union(*people)) == 20
+    assert parts[0][2].tolist() != folds(data, 4, seed=2)[0][2].tolist()
+    uneven = data._replace(group=np.repeat(np.arange(15), np.arange(1, 16)))
+    assert all(21 <= len(val) <= 39 for _, _, val in folds(uneven, 4))
+    with pytest.raises(DataError, match="fold 20 has .* 0 scored rows: use more data or fewer"):
+        folds(data, 21)
 
 
-def test_train_rows_are_drawn_from_the_training_part(tmp_path):
-    data = features(written(tmp_path))
-    drawn = folds(data, 4, train_rows=20, set_aside=True)
-    for (train, choose, val), (everything, *_) in zip(drawn, folds(data, 4)):
-        assert len(train) == 16 and len(choose) == 4 and len(val) == 10
-        assert {*train.tolist(), *choose.tolist()} <= set(everything.tolist())
-    with pytest.raises(DataError, match="--train-rows: fold 0 has only 30"):
-        folds(data, 4, train_rows=31)
-
-
-def test_folds_without_people_are_stratified(tmp_path):
+def test_folds_without_people_are_stratified_and_train_rows_drawn_from_them(tmp_path):
     label = np.repeat([0, 1, 2], [23, 11, 6])
     data = features(written(tmp_path, label=label))
-    parts = folds(data)
+    parts, drawn = folds(data), folds(data, train_rows=20, set_aside=True)
     check_partition(parts, 40)
-    for _, _, val in parts:
-        assert len(val) == 8
+    for (everything, _, val), (train, choose, same) in zip(parts, drawn):
+        assert val.equal(same) and (len(train), len(choose), len(val)) == (16, 4, 8)
         assert all(abs((label[val] == c).sum() - (label == c).sum() / 5) < 1 for c in range(3))
+        both = {*train.tolist(), *choose.tolist()}
+        assert len(both) == 20 and both <= set(everything.tolist())
+    with pytest.raises(DataError, match="--train-rows: fold 0 has only 32"):
+        folds(data, train_rows=33)
 
 
 def test_the_data_sets_own_split_stands_unless_folds_are_asked_for(tmp_path):
@@ -175,21 +155,23 @@ def test_the_data_sets_own_split_stands_unless_folds_are_asked_for(tmp_path):
 
 
 def test_folds_that_cannot_be_trained_on_are_named(tmp_path):
-    label, split = np.array([0, 1] * 19 + [5, 5]), np.repeat(["train", "val"], [38, 2])
+    def data(train=36, **keys):
+        split = np.repeat(["train", "val"], [train, 40 - train])
+        return features(written(tmp_path, split=split, **keys))
+
     with pytest.raises(DataError, match="fold 0 has no training row of class 5"):
-        folds(features(written(tmp_path, label=label, split=split)))
+        folds(data(38, label=np.array([0, 1] * 19 + [5, 5])))
     with pytest.raises(DataError, match="fold 0 has 40 training, 0 choosing"):
-        folds(features(written(tmp_path, split=np.array(["train"] * 40))))
-    both = written(tmp_path, split=np.repeat(["train", "val"], [36, 4]), group=np.arange(40) % 7)
-    with pytest.raises(DataError, match="row 36 is of a person in both parts"):
-        folds(features(both))
-    assert len(folds(features(both)._replace(group=None))) == 1 and len(folds(features(both), 3)) == 3
+        folds(data(40))
+    both = data(group=np.arange(40) % 7)
+    with pytest.raises(DataError, match="group row 36 is of a person in both parts"):
+        folds(both)
+    assert len(folds(both._replace(group=None))) == 1 and len(folds(both, 3)) == 3
     with pytest.raises(DataError, match="single class"):
-        folds(features(written(tmp_path, label=np.zeros(40, dtype=int))))
+        folds(data(label=np.zeros(40, dtype=int)))
 
 
 def test_digest_tells_values_shape_and_type_apart():
     a = torch.arange(6.0)
-    others = (a + 1, a.view(2, 3), a.double(), a.flip(0), None)
-    assert digest(a) == digest(a.clone()) and len({digest(x) for x in (a, *others)}) == 6
-    assert digest(a[::2]) == digest(a[::2].contiguous()) and digest(a, a + 1) != digest(a + 1, a)
+    values = [[a], [a + 1], [a.view(2, 3)], [a.double()], [None], [a, a + 1], [a + 1, a]]
+    assert digest(a) == digest(a.clone()) and len({digest(*value) for value in values}) == 7
