@@ -18,7 +18,7 @@ from test_train import go, two_view
 COUNT = int(os.environ.get("FUZZ", 200))
 BASE = ["--epochs", 1, "--dim", 4, "--width", 1, "--device", "cpu", "--workers", 0, "--fold", 0]
 FOREIGN = [b"", b"\x89PNG\r\n", b"RIFF\xff\xff\xff\xffWAVE", b"PK\x03\x04", b"\x93NUMPY", b"a,b\n"]
-AWKWARD = [np.nan, -np.inf, -1, 2**62, 1e300, "x", True, None, 1j]
+KINDS = ["f2", "i1", "u8", "c8", "?", "O", ">f8", "S5", "U5"]
 CELLS = ["nan", "1e400", "-5", "", "x", "2", "\0", "é", "9" * 5000, "1\t1", "1,1", "\n"]
 SHAPES = [b"(9000000000,), }", b"(99999, 99999), }", b"(6, 9999999999999999999), }", b"(-1, 6), }"]
 
@@ -45,13 +45,13 @@ def arrays(chance, good):
     """A .npz with an array gone, or of another type or shape, or with an awkward value."""
     found, file = dict(np.load(io.BytesIO(good))), io.BytesIO()
     name = chance.choice(list(found))
-    array, kind = found.pop(name), chance.choice(["f2", "i1", "u8", "c8", "?", "O", ">f8", "S5"])
+    array = found.pop(name)
     shapes = [array[:-1], array.reshape(-1), array[None], array.T, array[0], array[..., :0]]
-    awkward = np.array([chance.choice(AWKWARD)] * len(array), dtype=chance.choice([None, object]))
     one = array.astype(float)
     one.reshape(-1)[chance.randrange(one.size)] = chance.choice([np.nan, -np.inf, 1e300, 1e38])
-    other = chance.choice([None, array.astype(kind), chance.choice(shapes), awkward, one])
-    np.savez(file, **found, **({} if other is None else {name: other}))
+    others = [array.astype(chance.choice(KINDS)), chance.choice(shapes), one]
+    found.update({name: chance.choice(others)} if chance.random() < 0.8 else {})
+    np.savez(file, **found)
     return file.getvalue()
 
 
@@ -119,7 +119,8 @@ def test_damaged_input_is_success_or_one_line(dataset, tmp_path):
         path.write_bytes(damage(chance, path.read_bytes()))
         done = go(*argv, folder=copy, after=10)
         shutil.rmtree(copy)
-        fine = re.fullmatch("(train.py: .{1,1000}\n)?", done.err) and done.code == 2 * bool(done.err)
+        line = re.fullmatch("(train.py: .{1,1000}\n)?", done.err)
+        fine = line and done.code == (2 if done.err else 0)
         return done.code, None if fine else (i, path.name, damage.__name__, done)
 
     with ThreadPoolExecutor(2) as pool:
