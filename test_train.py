@@ -356,6 +356,9 @@ def test_raw_data_from_files_to_predictions(dataset, tmp_path):
     if dataset == "affwild2":
         assert rows[0]["name"] == "1-30-1280x720/00001" and rows[-1]["name"] == "été.v2/00025"
         assert len(rows) == 5 * 3 and all(abs(float(row["valence"])) < 99 for row in rows)
+        broken = tree / "cropped_aligned/3_left/00001.jpg"
+        broken.write_bytes(broken.read_bytes()[:300])
+        assert f"{broken}: not a JPEG" in run(*argv, *RAW, "--data", tree, "--workers", 1)
     else:
         names = [path.name for path in sorted(tree.glob("frames/*/*"))]
         assert [row["name"] for row in rows] == [names[i] for i in load(student)["val"]]
