@@ -36,9 +36,9 @@ def over_one_step(attention, x):
 def test_attention_and_fusion_are_their_formulas_clip_by_clip():
     block, x = built(models.SelfAttention, 8, heads=2), normal(5, 4, 8)
     reference = nn.TransformerEncoderLayer(8, 2, 8, dropout=0, batch_first=True).eval()
-    reference.self_attn, reference.norm1 = block.attention, block.norm_attention
+    reference.self_attn.load_state_dict(block.attention.state_dict())
     reference.linear1, _, reference.linear2 = block.feed_forward
-    reference.norm2 = block.norm_feed_forward
+    reference.norm1, reference.norm2 = block.norm_attention, block.norm_feed_forward
     close(block(x), reference(x))
     net, z = built(models.Fusion, dim=8, outputs=3), normal(5, 2, 8)
     v, p = net.self_visual(z[:, :1])[:, 0], net.self_privileged(z[:, 1:])[:, 0]
