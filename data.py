@@ -241,7 +241,7 @@ class Sounds(RawView):
 @np.errstate(all="ignore")
 def _log_mel_of(path):
     """The log_mel of a wav file, (64, steps) float16, after as much silence as a clip can need."""
-    with reading(path, "must be a wav file of 8, 16 or 32 bits"), warnings.catch_warnings():
+    with reading(path, "must be a wav file, made as README says"), warnings.catch_warnings():
         warnings.simplefilter("ignore", wavfile.WavFileWarning)  # metadata, which ffmpeg writes
         rate, samples = wavfile.read(path, mmap=True)  # which refuses a file cut short
         if len(samples) == 0 or not 1_000 <= rate <= 400_000:

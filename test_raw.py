@@ -181,9 +181,9 @@ def loud(wav):
 NOTES, SOUND, SIGNAL = "annotations/Train_Set/3_left.txt", "audio/3.wav", "bio*/*/*BL1*.csv"
 MISTAKES = [  # files or folders, what they are made to hold, and the message; None removes them
     ("annotations", None, "no folder annotations/Train_Set; it needs annotations/Train_Set"),
-    (SOUND, None, "audio/3.wav: must be a wav file .*No such file"),
+    (SOUND, None, "audio/3.wav: must be a wav file.*No such file"),
     (SOUND, lambda wav: b"", "3.wav: must be a wav file"),
-    (SOUND, lambda wav: wav[:500], "3.wav: must be a wav file .*mmap length"),
+    (SOUND, lambda wav: wav[:500], "3.wav: must be a wav file.*mmap length"),
     (SOUND, lambda wav: wav[:40] + bytes(4), "3.wav: must be a .*0 samples|cannot mmap|empty"),
     (SOUND, loud, "3.wav: holds NaN or too large values"),
     (NOTES, lambda text: b"", '3_left.txt: must be "valence,arousal", then two numbers a line'),
