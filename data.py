@@ -24,6 +24,7 @@ import torch
 from scipy.io import wavfile
 from scipy.signal import resample_poly, spectrogram
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 AFFECT = ["valence", "arousal"]
 BIOVID_LEVELS = ("BL1", "PA1", "PA2", "PA3", "PA4")
@@ -70,7 +71,7 @@ class TwoView(NamedTuple):
         return "regression" if self.label.is_floating_point() else "classification"
 
 
-def load(args, need_privileged=True, need_label=True, progress=iter):
+def load(args, need_privileged=True, need_label=True):
     """The TwoView of args.dataset. What is not needed may be missing there."""
     needs = (need_privileged, need_label)
     if args.dataset == "synthetic":
@@ -81,7 +82,7 @@ def load(args, need_privileged=True, need_label=True, progress=iter):
         return features(args.data or "argument --data: none", *needs)
     root = args.data or f"data/{args.dataset}"
     if args.dataset == "affwild2":
-        return affwild2(root, *needs, args.clip_stride, args.workers, progress)
+        return affwild2(root, *needs, args.clip_stride, args.workers)
     return biovid(root, *needs, args.levels, args.signal)
 
 
@@ -91,8 +92,7 @@ def features(path, need_privileged=True, need_label=True):
     useful = KEYS if need_privileged else ["visual", "label"]
     with reading(path, f"must be a .npz file of plain arrays {', '.join(needed)}"):
         with np.load(path, allow_pickle=False) as file:
-            there = [key for key in useful if key in needed or key in file.files]
-            arrays = {key: file[key] for key in there}
+            arrays = {key: file[key] for key in useful if key in needed or key in file.files}
 
     # Check each array, and turn numbers to vectors (N, F).
     count = len(np.atleast_1d(arrays["visual"]))
@@ -222,13 +222,14 @@ class Sounds(RawView):
     """Log-mel spectrograms (N, 1, 64, 107) float32 of the sound before a moment, in steps of 10 ms.
 
     Clip i is a slice of the spectrogram of a whole file, up to the fraction end[i] of it. They are
-    made here, by so many `workers`; `progress` goes round the loop.
+    made here, by so many `workers`.
     """
 
-    def __init__(self, files, of, end, workers=0, progress=iter):
+    def __init__(self, files, of, end, workers=0):
         super().__init__(files, of, (1, 64, 107), end=end)
         paths, how = list(dict.fromkeys(files)), {"batch_size": None, "num_workers": workers}
-        self.mels = dict(zip(paths, progress(DataLoader(paths, collate_fn=_log_mel_of, **how))))
+        made = DataLoader(paths, collate_fn=_log_mel_of, **how)
+        self.mels = dict(zip(paths, tqdm(made, "sound", leave=False, disable=None)))
 
     def clip(self, path, row):
         mel = self.mels[path]
@@ -289,7 +290,7 @@ class Signals(RawView):
         return _finite(path, torch.from_numpy(power).float().unsqueeze(0))
 
 
-def affwild2(root, need_privileged=True, need_label=True, stride=1, workers=0, progress=iter):
+def affwild2(root, need_privileged=True, need_label=True, stride=1, workers=0):
     """Aff-Wild2's valence-arousal challenge, with its own split. Below root:
 
     annotations/Train_Set/VIDEO.txt, annotations/Validation_Set/VIDEO.txt   valence,arousal a frame
@@ -298,8 +299,7 @@ def affwild2(root, need_privileged=True, need_label=True, stride=1, workers=0, p
 
     A clip for every `stride`-th annotated frame with a face: 8 frames, every 4th of the 32 that end
     there, and the 1.07 s of sound before. Source: the lab's Aff-Wild2 code. For a frame without a
-    face stands the last before it that has one, or the first there is (ours). workers, progress: of
-    Sounds.
+    face stands the last before it that has one, or the first there is (ours). workers: of Sounds.
     """
     root = Path(root)
     parts = ["annotations/Train_Set", "annotations/Validation_Set"] * need_label
@@ -331,7 +331,7 @@ def affwild2(root, need_privileged=True, need_label=True, stride=1, workers=0, p
     frames, ends, label = map(np.concatenate, arrays)
     people = np.unique([path.name for path in sounds], return_inverse=True)[1]  # _left with _right
     visual = Frames(folders, of, (3, 8, 112, 112), pattern="{:05d}.jpg", frames=frames, present=[])
-    privileged = Sounds(sounds, of, ends, workers, progress) if need_privileged else None
+    privileged = Sounds(sounds, of, ends, workers) if need_privileged else None
     label = torch.from_numpy(label).float() if need_label else None
     return TwoView(visual, privileged, label, AFFECT, people[of], np.array(training)[of])
 
