@@ -132,21 +132,16 @@ OPTIONS = {
 }
 LEAST = {"fold": 0, "workers": 0, "seed": 0, "updates": 0, "folds": 2, "train_rows": 2, "dim": 2}
 LEAST |= {"batch_size": 2, "eps": 1e-9}  # of any other number: 1 if it is whole, else 0
-RELEASED = {  # Source: released code; it leaves stage 1 open: lr_joint is ours
-    **{"folds_by": "clip", "dim": models.DIM, "updates": 0, "select": "val", "lr_decay": "none"},
-    **{"lr_joint": 1e-4, "lr_tnet": 5e-5, "lr_adapter": 5e-3, "lr_student": 5e-4, "shift": "min"},
-    **{"student_backbone": "frozen", "anchors": "least", "w_centroid": 0.2, "epochs_align": 10},
-    **{"dropout": 0.0, "dropout_student": 0.0},
-}
 DEFAULTS = {  # of a --dataset or a --preset, where they differ from those above
     "synthetic": {"dim": 128, "width": 4, "updates": 100},
     "features": {"dim": 128, "epochs_backbone": 100},
-    "released": RELEASED,
+    "released": {  # Source: released code; it leaves stage 1 open: lr_joint is ours
+        **{"folds_by": "clip", "dim": models.DIM, "updates": 0, "select": "val"},
+        **{"lr_decay": "none", "lr_joint": 1e-4, "lr_tnet": 5e-5, "lr_adapter": 5e-3},
+        **{"lr_student": 5e-4, "shift": "min", "student_backbone": "frozen", "w_centroid": 0.2},
+        **{"anchors": "least", "epochs_align": 10, "dropout": 0.0, "dropout_student": 0.0},
+    },
 }
-
-
-def names_of(*sections):
-    return [name.replace("-", "_") for section in sections for name, *_ in OPTIONS[section]]
 
 
 def options(argv=None):
@@ -198,8 +193,9 @@ def options(argv=None):
 
 def origin(run, name):
     """What a file is made from: the data, and the arguments of its stage and of those before."""
-    stages = STAGES[: STAGES.index(name.partition("_")[0]) + 1]
-    return {"data": run.content, **{key: getattr(run, key) for key in names_of("data", *stages)}}
+    sections = ["data", *STAGES[: STAGES.index(name.partition("_")[0]) + 1]]
+    names = [name.replace("-", "_") for section in sections for name, *_ in OPTIONS[section]]
+    return {"data": run.content, **{name: getattr(run, name) for name in names}}
 
 
 def save(run, name, saved):
@@ -253,18 +249,11 @@ def weights_of(run, name):
 # on vectors and embeddings, each does alike. The first one writes and prints.
 
 
-def wait_for_all():
-    if COUNT > 1:
-        distributed.barrier()
+wait_for_all = distributed.barrier if COUNT > 1 else lambda: None
 
 
 def is_shared(view):
     return COUNT > 1 and len(view.shape) > 3
-
-
-def share(rows):
-    """This process's part of a batch, of the same size for all: the first rows may come twice."""
-    return torch.cat([rows, rows[: -len(rows) % COUNT]])[RANK::COUNT]
 
 
 def gather(part):
@@ -287,10 +276,6 @@ def seed_everything(run, part):
     torch.manual_seed(zlib.crc32(repr((run.seed, run.number, part)).encode()))
 
 
-def labels(run, rows):
-    return run.data.label[rows].to(run.device)
-
-
 def task_score(data, prediction, rows):
     """Accuracy in 0..1, or {column: CCC, ..., "mean": their mean}."""
     label = data.label[rows]
@@ -310,8 +295,9 @@ def forward(run, network, view, batches):
     view[rows] is read on the host, raw data by --workers processes. A shared view is computed in
     shares, and all processes get all outputs.
     """
-    raw, shared = not torch.is_tensor(view), is_shared(view)
-    parts = [(share(rows) if shared else rows).tolist() for rows in batches]
+    raw, shared, parts = not torch.is_tensor(view), is_shared(view), [r.tolist() for r in batches]
+    if shared:  # each process's share has the same size: the first rows may come twice
+        parts = [(rows + rows[: -len(rows) % COUNT])[RANK::COUNT] for rows in parts]
     how = {"num_workers": run.workers if raw else 0, "pin_memory": raw and run.device == "cuda"}
     how["generator"] = torch.Generator()  # so that reading draws nothing from the run's
     for rows, x in zip(batches, DataLoader(view, batch_size=None, sampler=parts, **how)):
@@ -334,18 +320,17 @@ def predict(run, network, view, rows):
     return [torch.cat([t.cpu() for t in parts]) for parts in zip(*outputs)]
 
 
-def fit(
-    run, name, network, rates, epochs, view, loss_of, scored, score=task_score, full=None, **about
-):
+def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, scored=None, full=None):
     """Train `network` with Adam, and leave its best epoch in the file `name`.
 
-    rates    [(module, learning rate)]; epochs: at the least, as --updates may ask for more
+    rate     learning rate, or {part of the network: learning rate}
+    epochs   at the least, as --updates may ask for more
     view     what the network takes: a view of the data set, or embeddings
-    loss_of  (rows, outputs...) -> dict of scalars, of which "loss" is minimised
-    scored   names of the models in it; the mean of their scores chooses the epoch
+    loss_of  (rows, label, outputs...) -> dict of scalars, of which "loss" is minimised
     score    (data, what a model says of rows, rows) -> its score
+    scored   names of the models in it, where they are several; the mean of their scores chooses
+             the epoch
     full     the network that is saved, where `network` is only a part of it
-    about    what is saved besides
     """
     saved = {"history": [], "best": -math.inf, **load(run, name)}
     if "scores" in saved:
@@ -354,11 +339,12 @@ def fit(
     # Batches of nearly equal size: the similarities within a runt of two clips would mean nothing.
     steps = max(1, min(math.ceil(len(run.train) / run.batch_size), len(run.train) // 2))
     epochs = max(epochs, math.ceil(run.updates / steps))
-    groups = [{"params": list(module.parameters()), "lr": rate} for module, rate in rates]
+    rates = rate if isinstance(rate, dict) else {"": rate}  # of which "" is the whole
+    groups = [{"params": network.get_submodule(p).parameters(), "lr": rates[p]} for p in rates]
     optimizer = torch.optim.Adam(groups, fused=True)
     end = 0 if run.lr_decay == "linear" else 1
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1, end, epochs * steps)
-    full, trained = full or network, network
+    full, trained, scored = full or network, network, scored or [name.partition("_")[2]]
     if is_shared(view):
         if run.device == "cuda":  # on the CPU batch norms are each process's own
             nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -384,7 +370,7 @@ def fit(
         batches = forward(run, trained, drawn, order)
         how = {"leave": False, "disable": RANK > 0 or None}  # None: where there is no terminal
         for rows, outputs in tqdm(batches, name, steps, **how):
-            terms = loss_of(rows, *outputs)
+            terms = loss_of(rows, run.data.label[rows].to(run.device), *outputs)
             optimizer.zero_grad()
             terms["loss"].backward()
             optimizer.step()
@@ -408,8 +394,11 @@ def fit(
 
     # Score the best epoch on the validation rows, and save all that is needed to use it.
     full.load_state_dict(saved["weights"])
-    kept = {key: saved[key] for key in ("weights", "history")}
-    save(run, name, {**kept, "scores": scores_of(run.val), **about})
+    final = {"weights": saved["weights"], "history": saved["history"]}
+    final.update(scores=scores_of(run.val), z=predict(run, trained, view, run.shown)[0])
+    final.update(names=run.data.names, task=run.data.task, dim=run.dim, width=run.width)
+    final.update(input_shape=list(run.data.visual.shape[1:]), trained_on=run.visual_content)
+    save(run, name, {**final, "val": run.val})
 
 
 # ---- stage 1: teachers --------------------------------------------------------------------------
@@ -446,37 +435,35 @@ def embeddings(run):
 def teachers(run):
     """Stage 1. Each backbone learns the task alone; then the joint teacher and T-Net learn."""
 
-    def task_of(rows, z, prediction):
-        return {"loss": mtpkdot.task_loss(prediction, labels(run, rows))}
+    def task_of(rows, label, z, prediction):
+        return {"loss": mtpkdot.task_loss(prediction, label)}
 
     # A backbone with a head for each view. The visual one is the visual-only baseline.
     for view in VIEWS:
         seed_everything(run, view)
         network, source = single(run, view, dropout=run.dropout), getattr(run.data, view)
-        rates = [(network, run.lr_backbone)]
-        fit(run, f"teachers_{view}", network, rates, run.epochs_backbone, source, task_of, [view])
+        fit(run, f"teachers_{view}", network, run.lr_backbone, run.epochs_backbone, source, task_of)
 
     # The joint teacher: the fusion of both embeddings, which stay as they are.
     z = embeddings(run)
     seed_everything(run, "joint")
     joint = models.Fusion(run.dim, len(run.data.names), run.dropout).to(run.device)
-    rates = [(joint, run.lr_joint)]
-    fit(run, "teachers_joint", joint, rates, run.epochs_joint, z, task_of, ["joint"])
+    fit(run, "teachers_joint", joint, run.lr_joint, run.epochs_joint, z, task_of)
 
     # T-Net: the privileged embedding, hallucinated from the visual one.
     seed_everything(run, "tnet")
     tnet = models.TNet(run.dim).to(run.device)
 
-    def loss_of(rows, hallucinated):
+    def loss_of(rows, label, hallucinated):
         z_p = z[rows, 1].to(hallucinated.device)
         return {"loss": mtpkdot.tnet_loss(hallucinated, z_p, run.tnet_loss)}
 
     def likeness(data, hallucinated, rows):  # batch by batch, as MMD compares all pairs
-        batches = zip(rows.split(run.batch_size), hallucinated.split(run.batch_size))
-        return -sum(loss_of(*b)["loss"].item() * len(b[0]) for b in batches) / len(rows)
+        count = math.ceil(len(rows) / run.batch_size)
+        batches = zip(rows.tensor_split(count), hallucinated.tensor_split(count))
+        return -sum(loss_of(r, None, h)["loss"].item() * len(r) / len(rows) for r, h in batches)
 
-    how = ([(tnet, run.lr_tnet)], run.epochs_joint, z[:, 0], loss_of, ["tnet"], likeness)
-    fit(run, "teachers_tnet", tnet, *how)
+    fit(run, "teachers_tnet", tnet, run.lr_tnet, run.epochs_joint, z[:, 0], loss_of, likeness)
 
 
 # ---- stage 2: align -----------------------------------------------------------------------------
@@ -489,18 +476,17 @@ def align(run):
     network.joint.load_state_dict(weights_of(run, "teachers_joint"))
 
     # The distance of the embeddings, and the task of all three teachers.
-    def loss_of(rows, z, predictions):
+    def loss_of(rows, label, z, predictions):
         z_j, a_v, a_p = z.unbind(1)
         distance = mtpkdot.alignment_loss(a_v, a_p, z_j)
-        tasks = [mtpkdot.task_loss(said, labels(run, rows)) for said in predictions.unbind(1)]
+        tasks = [mtpkdot.task_loss(said, label) for said in predictions.unbind(1)]
         return {"loss": mtpkdot.align_stage_loss(distance, *tasks), "align": distance}
 
     # An epoch is best where all three are good. The released code asks the joint one alone, which,
     # trained in stage 1, is at its best before the adapters have learned.
     names = ["joint_aligned", *mtpkdot.TEACHERS[1:]]
-    rates = [(network.joint, run.lr_fusion)]
-    rates += [(part, run.lr_adapter) for part in (network.adapters, network.heads)]
-    fit(run, "align", network, rates, run.epochs_align, embeddings(run), loss_of, names)
+    rates = {"joint": run.lr_fusion, "adapters": run.lr_adapter, "heads": run.lr_adapter}
+    fit(run, "align", network, rates, run.epochs_align, embeddings(run), loss_of, scored=names)
 
 
 # ---- stage 3: student ---------------------------------------------------------------------------
@@ -523,18 +509,8 @@ METHODS = {
     "task": ("teachers", JOINT, {"task": 1}),  # the student without distillation
     "visual": ("teachers", JOINT, {"task": 1}),  # the visual network alone, as long in training
 }
-
-
-def trained_teachers(run, stage):
-    """The three teachers: those of stage 2, or those that stage 1 left, without adapters."""
-    network = models.Teachers(run.dim, len(run.data.names), adapters=stage == "align")
-    if stage == "align":
-        network.load_state_dict(weights_of(run, "align"))
-    else:
-        network.joint.load_state_dict(weights_of(run, "teachers_joint"))
-        for view in VIEWS:
-            network.heads[view] = single(run, view, f"teachers_{view}").head
-    return network.to(run.device).eval()
+NETWORKS = [f"teachers_{name}" for name in (*VIEWS, "joint", "tnet")]
+NETWORKS += ["align", *(f"student_{method}" for method in METHODS)]
 
 
 def student(run, method):
@@ -546,7 +522,16 @@ def student(run, method):
     weights = {term: getattr(run, w) if isinstance(w, str) else w for term, w in terms.items()}
     transport = {"k": run.k, "which": run.anchors, "shift": run.shift == "min", "eps": run.eps}
     transport["debias"] = run.ot == "debiased"
-    teacher_net = trained_teachers(run, stage)
+
+    # The three teachers: those of stage 2, or those that stage 1 left, without adapters.
+    teacher_net = models.Teachers(run.dim, len(run.data.names), adapters=stage == "align")
+    if stage == "align":
+        teacher_net.load_state_dict(weights_of(run, "align"))
+    else:
+        teacher_net.joint.load_state_dict(weights_of(run, "teachers_joint"))
+        for view in VIEWS:
+            teacher_net.heads[view] = single(run, view, f"teachers_{view}").head
+    teacher_net.to(run.device).eval()
     columns = [mtpkdot.TEACHERS.index(teacher) for teacher in candidates]
 
     # The student: the visual backbone of stage 1, or afresh; T-Net; a fusion of its own.
@@ -563,8 +548,7 @@ def student(run, method):
         network, view = models.Student(nn.Identity(), full.tnet, fusion), z[:, 0]
 
     # Its loss on a batch: pick the teacher, then add up the terms.
-    def loss_of(rows, z_s, prediction):
-        label = labels(run, rows)
+    def loss_of(rows, label, z_s, prediction):
         with torch.no_grad():
             z_teachers, said = (t[:, columns] for t in teacher_net(z[rows].to(run.device)))
         losses = torch.stack([mtpkdot.task_loss(one, label) for one in said.unbind(1)])
@@ -573,12 +557,8 @@ def student(run, method):
         terms = mtpkdot.student_loss(weights, prediction, label, z_s, **teacher, **transport)
         return {**terms, **{name: chosen == i for i, name in enumerate(candidates)}}
 
-    # Train it. Its file holds all that inference needs.
-    about = {"method": method, "task": run.data.task, "names": run.data.names, "val": run.val}
-    about.update(dim=run.dim, width=run.width, input_shape=list(run.data.visual.shape[1:]))
-    about["trained_on"] = run.visual_content
-    how = ([(network, run.lr_student)], run.epochs_student, view, loss_of, [method])
-    fit(run, f"student_{method}", network, *how, full=full, **about)
+    name, epochs = f"student_{method}", run.epochs_student
+    fit(run, name, network, run.lr_student, epochs, view, loss_of, full=full)
 
 
 # ---- evaluate: the student alone ----------------------------------------------------------------
@@ -594,9 +574,8 @@ def evaluate(args):
     network, rows, names, task, shape, trained_on = read(args.student, opened)
     classes = task == "classification"
     data = datasets.load(args, need_privileged=False, need_label=not args.predictions)
-    theirs = list(data.visual.shape[1:])
-    if theirs != shape:
-        refuse(f"{args.student} is for input shape {shape}; the data has {theirs}")
+    if list(data.visual.shape[1:]) != shape:
+        refuse(f"{args.student} is for input shape {shape}, not {list(data.visual.shape[1:])}")
     own = datasets.digest(data.visual) == trained_on  # of these only the validation rows count
     rows = rows if own else torch.arange(len(data.visual))
     print(f"{args.student}: {len(rows)} {'validation rows of its own data' if own else 'rows'}")
@@ -617,13 +596,12 @@ def evaluate(args):
     if data.label is not None:
         known = set(data.names) <= set(names) if classes else data.names == names
         if data.task != task or not known:
-            theirs = f"{data.task} of {data.names}"
-            refuse(f"{args.student} knows {task} of {names}; the data is {theirs}")
+            refuse(f"{args.student} knows {task} of {names}, not {data.task} of {data.names}")
         if classes:  # they may be fewer
             numbers = torch.tensor([names.index(name) for name in data.names])
             data = data._replace(label=numbers[data.label])
-        value = task_score(data, prediction, rows)
-        print(f"Score: {cell(value)}, {task} of {data.names}, from visual input alone.")
+        score = cell(task_score(data, prediction, rows))
+        print(f"Score: {score}, {task} of {data.names}, from visual input alone.")
 
 
 # ---- report -------------------------------------------------------------------------------------
@@ -631,34 +609,31 @@ def evaluate(args):
 
 def report(args, data, runs):
     """results.json, history.csv, the table and pictures, of all folds that the folder has."""
-    names = [f"teachers_{name}" for name in (*VIEWS, "joint", "tnet")] + ["align"]
-    names += [f"student_{method}" for method in METHODS]
-    reports, curves, last = [], [], None
+    reports, curves, z = [], [], {}
     for run in runs:
         # The scores of a fold, and the history of each of its networks.
         scores = {"seed": run.seed, "fold": run.number, "students": {}, "teacher_picks": {}}
-        for name in names:
+        for name in NETWORKS:
             saved = load(run, name)
-            if "scores" in saved:
-                curves.append(saved["history"])
-                (scores["students"] if "method" in saved else scores).update(saved["scores"])
-            if "scores" in saved and name == "student_mtpkdot":
-                for teacher in ALL:
-                    share = np.mean([row[teacher] for row in saved["history"]])
-                    scores["teacher_picks"][teacher] = float(share)
+            if "scores" not in saved:
+                continue
+            (scores["students"] if name.startswith("student") else scores).update(saved["scores"])
+            curves.append(saved["history"])
+            z[name] = saved["z"]
+            if name == "student_mtpkdot":
+                picks = {t: float(np.mean([row[t] for row in curves[-1]])) for t in ALL}
+                scores["teacher_picks"] = picks
         if "visual" in scores:
             reports.append(scores)
-            last = run
 
     result, history = summary(args, data, reports), [row for rows in curves for row in rows]
-    if RANK == 0:
-        (args.out / "results.json").write_text(f"{json.dumps(result, indent=2)}\n")
-        with open(args.out / "history.csv", "w") as file:
-            columns = dict.fromkeys(name for row in history for name in row)
-            lines = csv.DictWriter(file, columns, lineterminator="\n")
-            lines.writeheader()
-            lines.writerows(history)
-    draw(last, reports[-1]["students"], curves)
+    (args.out / "results.json").write_text(f"{json.dumps(result, indent=2)}\n")
+    with open(args.out / "history.csv", "w") as file:
+        columns = dict.fromkeys(name for row in history for name in row)
+        lines = csv.DictWriter(file, columns, lineterminator="\n")
+        lines.writeheader()
+        lines.writerows(history)
+    draw(args.out, curves, z)
     show(args, data, result)
 
 
@@ -680,7 +655,7 @@ def summary(args, data, reports):
         units = [merged([r for r in reports if r["seed"] == seed], np.mean) for seed in seeds]
     metric = "accuracy" if data.task == "classification" else "ccc"
     result = {"dataset": args.dataset, "task": data.task, "metric": metric, "seed": args.seed}
-    result["arguments"] = {name: getattr(args, name) for name in names_of("data", *STAGES)}
+    result["arguments"] = {k: v for k, v in origin(args, "student").items() if k != "data"}
     result.update(folds=reports, mean=merged(units, np.mean))
     result["stderr"] = merged(units, lambda v: float(stats.sem(v)) if len(v) > 1 else None)
     for other in ("task", "visual"):
@@ -705,10 +680,8 @@ def cell(value, error=None):
 def show(args, data, result):
     """Print the scores, and each student's paired differences."""
     means, errors, picks = result["mean"], result["stderr"], result["mean"]["teacher_picks"]
-    unit, scale, digits = "accuracy in %", 100, 1
-    if data.task == "regression":
-        unit, scale, digits = f"CCC of {'/'.join(data.names)}", 1, 3
-    print(f"\n{unit} ± standard error; paired differences [95 % interval], * where that excludes 0")
+    unit = "accuracy in %" if data.task == "classification" else f"CCC of {'/'.join(data.names)}"
+    print(f"\n{unit} ± standard error; differences in points [95 % interval], * where it excludes 0")
     for model in [name for name in means if name not in ("tnet", "students", "teacher_picks")]:
         print(f"{model.replace('_', ' '):<30}{cell(means[model], errors[model])}")
     for method, value in means["students"].items():
@@ -716,7 +689,7 @@ def show(args, data, result):
         for other in ("task", "visual"):
             gap = result[f"less_{other}"].get(method)
             if gap:
-                mean, low, high = (f"{scale * end:+.{digits}f}" for end in gap.values())
+                mean, low, high = (f"{100 * end:+.1f}" for end in gap.values())
                 sure = "*" if gap["low"] * gap["high"] > 0 else " "
                 line += f"less {other} {mean} [{low}, {high}] {sure}  "
         print(line.rstrip())
@@ -726,36 +699,28 @@ def show(args, data, result):
     print(f"Saved in {args.out}: results.json, history.csv, pictures, and a folder a fold.")
 
 
-def draw(run, finished, curves):
+def draw(folder, curves, z):
     """history.png: loss above score, a line a fold. similarity.png: of clips in order of label, by
-    the joint teacher and the first student, of the run of a fold."""
+    the joint teacher and the first student."""
     try:
         from matplotlib import figure
     except ImportError:
         return print("No pictures: they need matplotlib (pip install matplotlib).")
     names = list(dict.fromkeys(rows[0]["model"] for rows in curves))
-    pictures = {"history": figure.Figure(figsize=(2.5 * len(names), 5))}
-    columns = dict(zip(names, pictures["history"].subplots(2, len(names), squeeze=False).T))
+    picture = figure.Figure(figsize=(2.5 * len(names), 5))
+    columns = dict(zip(names, picture.subplots(2, len(names), squeeze=False).T))
     for rows in curves:
         for axis, value in zip(columns[rows[0]["model"]], ("loss", "score")):
             axis.plot([row[value] for row in rows])
             axis.set_title(f"{rows[0]['model']}, {value}", fontsize=7)
+    picture.savefig(folder / "history.png")
 
-    for method in [method for method in finished if method != "visual"][:1]:
-        rows = run.val[torch.linspace(0, len(run.val) - 1, min(len(run.val), 240)).long()]
-        rows = rows[run.data.label[rows].view(len(rows), -1)[:, 0].argsort(stable=True)]
-        network = models.load_student(load(run, f"student_{method}")).to(run.device)
-        teacher_net = trained_teachers(run, METHODS[method][0])
-        z_j = predict(run, teacher_net, embeddings(run), rows)[0][:, 0]
-        z_s = predict(run, network, run.data.visual, rows)[0]
-        pictures["similarity"] = figure.Figure(figsize=(8, 4))
-        shown = {"joint teacher": z_j, f"student {method}": z_s}
-        for axis, (name, z) in zip(pictures["similarity"].subplots(1, 2), shown.items()):
-            axis.imshow(mtpkdot.similarity(z).numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
+    for student in [name for name in names if name.startswith("student")][:1]:
+        picture = figure.Figure(figsize=(8, 4))
+        for axis, name in zip(picture.subplots(1, 2), ("teachers_joint", student)):
+            axis.imshow(mtpkdot.similarity(z[name]).numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
             axis.set_title(f"cosine similarity, {name}")
-    for name, picture in pictures.items():
-        if RANK == 0:
-            picture.savefig(run.out / f"{name}.png")
+        picture.savefig(folder / "similarity.png")
 
 
 # ---- main ---------------------------------------------------------------------------------------
@@ -769,15 +734,17 @@ def runs_of(args, data):
         if (args.fold or 0) >= len(folds):
             refuse(f"argument --fold: the folds are 0 to {len(folds) - 1}")
         for number, (train, choose, val) in enumerate(folds):
-            folder = args.out / (f"seed{seed}" if args.seeds > 1 else "") / f"fold{number}"
-            own = {"seed": seed, "number": number, "folder": folder, "data": data}
-            own.update(train=train, choose=choose, val=val)
-            run = argparse.Namespace(**{**vars(args), **own})
+            run = argparse.Namespace(**vars(args))
+            run.seed, run.number, run.data = seed, number, data
+            run.train, run.choose, run.val = train, choose, val
+            run.folder = args.out / (f"seed{seed}" if args.seeds > 1 else "") / f"fold{number}"
+            # For a picture: a few clips in order of label.
+            rows = val[torch.linspace(0, len(val) - 1, min(len(val), 240)).long()]
+            run.shown = rows[data.label[rows].view(len(rows), -1)[:, 0].argsort(stable=True)]
             if min(len(train), len(choose), len(val), args.batch_size) < 2 * COUNT:
                 refuse(f"fold {number} or a batch has too few rows for {COUNT} processes")
-            for path in sorted(run.folder.glob("*.pt"), reverse=True):  # the last stage tells most
-                if "embedding" not in path.stem:
-                    load(run, path.stem)
+            for name in reversed(NETWORKS):  # the last stage tells most
+                load(run, name)
             runs.append(run)
     return runs
 
@@ -786,8 +753,8 @@ def train_all(args):
     """All stages that are asked for, seed by seed and fold by fold, then the report."""
     args.out.mkdir(parents=True, exist_ok=True)
     data = datasets.load(args)
-    args.visual_content, others = datasets.digest(data.visual), (data.label, data.group, data.split)
-    args.content = datasets.digest(args.visual_content, data.privileged, *others)
+    args.visual_content = datasets.digest(data.visual)
+    args.content = datasets.digest(args.visual_content, *data[1:])
     if args.folds_by == "clip":
         data = data._replace(group=None)
     runs = runs_of(args, data)
@@ -799,7 +766,8 @@ def train_all(args):
                 align(run)
             for method in args.method if args.stage in ("all", "student") else ():
                 student(run, method)
-    report(args, data, runs)
+    if RANK == 0:
+        report(args, data, runs)
 
 
 def main(argv=None):
@@ -808,8 +776,7 @@ def main(argv=None):
         args = options(argv)
         if COUNT > 1:
             distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
-        if COUNT > 1 and args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if args.device == "cuda" else -1)
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")
         evaluate(args) if args.stage == "eval" else train_all(args)
