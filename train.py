@@ -19,24 +19,22 @@ Views, labels and embeddings of all clips stay on the host. Networks and the bat
 the device: `forward` takes a batch there, `predict` brings the outputs back.
 """
 
-import argparse
 import csv
 import io
 import json
 import math
 import os
-import re
 import signal
 import sys
 import warnings
 import zlib
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy import stats
 from torch import distributed, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -146,8 +144,7 @@ DEFAULTS = {  # of a --dataset or a --preset, where they differ from those above
 
 def options(argv=None):
     """The arguments, checked and completed."""
-    how = {"allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
-    parser = argparse.ArgumentParser(**how)
+    parser = ArgumentParser(allow_abbrev=False, formatter_class=ArgumentDefaultsHelpFormatter)
     parser.error = refuse
     for title, settings in OPTIONS.items():
         section = parser.add_argument_group(title)
@@ -180,15 +177,15 @@ def options(argv=None):
     args.out = args.out or Path("runs") / args.dataset
     args.place = args.student or args.out  # for messages
     if args.epochs:
-        args.updates = 0
-        vars(args).update({name: args.epochs for name in vars(args) if name.startswith("epochs_")})
+        every = [name for name in vars(args) if name.startswith("epochs_")]
+        vars(args).update(dict.fromkeys(every, args.epochs), updates=0)
     return args
 
 
 # ---- files --------------------------------------------------------------------------------------
 # A fold's folder holds a file STAGE_NAME.pt for each network, saved after every epoch. The same
 # command given again loads what is there and makes the rest. A `run` is the arguments and what a
-# seed and a fold add: data, number, folder, and rows to train on, to choose by and to score.
+# seed and a fold add: data, number, folder, rows to train on, to choose by, to score and to show.
 
 
 def origin(run, name):
@@ -222,12 +219,9 @@ def read(path, use=dict):
 
 
 def load(run, name):
-    """What the file of this name holds, {} if there is none. Refused is one that is made from other
-    data or arguments."""
+    """What the file of this name holds, at least its origin. One of another origin is refused."""
     path, mine = run.folder / f"{name}.pt", origin(run, name)
-    if not path.exists():
-        return {}
-    saved = read(path)
+    saved = read(path) if path.exists() else {"origin": mine}
     theirs = saved.get("origin", {})
     differ = [key for key in mine if theirs.get(key) != mine[key]]
     if differ:
@@ -348,7 +342,7 @@ def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, score
     if is_shared(view):
         if run.device == "cuda":  # on the CPU batch norms are each process's own
             nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        trained = DistributedDataParallel(network)
+        trained = nn.parallel.DistributedDataParallel(network)
 
     def scores_of(rows):
         said = predict(run, trained, view, rows)[-1].view(len(rows), len(scored), -1)
@@ -394,11 +388,9 @@ def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, score
 
     # Score the best epoch on the validation rows, and save all that is needed to use it.
     full.load_state_dict(saved["weights"])
-    final = {"weights": saved["weights"], "history": saved["history"]}
-    final.update(scores=scores_of(run.val), z=predict(run, trained, view, run.shown)[0])
-    final.update(names=run.data.names, task=run.data.task, dim=run.dim, width=run.width)
-    final.update(input_shape=list(run.data.visual.shape[1:]), trained_on=run.visual_content)
-    save(run, name, {**final, "val": run.val})
+    final = {"weights": saved["weights"], "history": saved["history"], **run.about}
+    z = predict(run, trained, view, run.shown)[0]
+    save(run, name, {**final, "scores": scores_of(run.val), "z": z})
 
 
 # ---- stage 1: teachers --------------------------------------------------------------------------
@@ -423,7 +415,7 @@ def single(run, view, name=None, dropout=0.0):
 def embeddings(run):
     """z_v and z_p of all clips by the backbones of stage 1, (N, 2, D), from a file or made."""
     saved = load(run, "teachers_embeddings")
-    if not saved:
+    if "z" not in saved:
         rows = torch.arange(len(run.data.label))
         networks = {view: single(run, view, f"teachers_{view}") for view in VIEWS}
         both = [predict(run, networks[v], getattr(run.data, v), rows)[0] for v in VIEWS]
@@ -518,7 +510,8 @@ def student(run, method):
 
     All students start from the same weights and see the same batches.
     """
-    (stage, candidates, terms), z = METHODS[method], embeddings(run)
+    stage, candidates, terms = METHODS[method]
+    z = embeddings(run)
     weights = {term: getattr(run, w) if isinstance(w, str) else w for term, w in terms.items()}
     transport = {"k": run.k, "which": run.anchors, "shift": run.shift == "min", "eps": run.eps}
     transport["debias"] = run.ot == "debiased"
@@ -726,38 +719,34 @@ def draw(folder, curves, z):
 # ---- main ---------------------------------------------------------------------------------------
 
 
-def runs_of(args, data):
-    """A run for each seed and fold. A folder of other arguments or data is refused here."""
-    runs = []
+def train_all(args):
+    """All stages that are asked for, seed by seed and fold by fold, then the report."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    data, runs = datasets.load(args), []
+    about = {"names": data.names, "task": data.task, "input_shape": list(data.visual.shape[1:])}
+    about.update(dim=args.dim, width=args.width, trained_on=datasets.digest(data.visual))
+    args.content = datasets.digest(about["trained_on"], *data[1:])
+    if args.folds_by == "clip":
+        data = data._replace(group=None)
+
+    # A run for each seed and fold. A folder of other arguments or data is refused here.
     for seed in range(args.seed, args.seed + args.seeds):
         folds = datasets.folds(data, args.folds, seed, args.train_rows, args.select == "train")
         if (args.fold or 0) >= len(folds):
             refuse(f"argument --fold: the folds are 0 to {len(folds) - 1}")
         for number, (train, choose, val) in enumerate(folds):
-            run = argparse.Namespace(**vars(args))
+            run = Namespace(**vars(args))
             run.seed, run.number, run.data = seed, number, data
-            run.train, run.choose, run.val = train, choose, val
+            run.train, run.choose, run.val, run.about = train, choose, val, {**about, "val": val}
+            label = data.label[val].view(len(val), -1)[:, 0]
+            run.shown = val[label.argsort(stable=True)][:: 1 + len(val) // 240]  # in a picture
             run.folder = args.out / (f"seed{seed}" if args.seeds > 1 else "") / f"fold{number}"
-            # For a picture: a few clips in order of label.
-            rows = val[torch.linspace(0, len(val) - 1, min(len(val), 240)).long()]
-            run.shown = rows[data.label[rows].view(len(rows), -1)[:, 0].argsort(stable=True)]
             if min(len(train), len(choose), len(val), args.batch_size) < 2 * COUNT:
                 refuse(f"fold {number} or a batch has too few rows for {COUNT} processes")
             for name in reversed(NETWORKS):  # the last stage tells most
                 load(run, name)
             runs.append(run)
-    return runs
 
-
-def train_all(args):
-    """All stages that are asked for, seed by seed and fold by fold, then the report."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    data = datasets.load(args)
-    args.visual_content = datasets.digest(data.visual)
-    args.content = datasets.digest(args.visual_content, *data[1:])
-    if args.folds_by == "clip":
-        data = data._replace(group=None)
-    runs = runs_of(args, data)
     for run in runs:
         if args.fold in (None, run.number):
             if args.stage in ("all", "teachers"):
@@ -784,7 +773,7 @@ def main(argv=None):
         # A reading process's comes with its stack trace, whose last line is the message.
         text = str(error).rstrip().split("\n")[-1].removeprefix("data.DataError: ")
         if isinstance(error, RuntimeError):
-            if not re.search(r"memory|DataLoader worker \(", str(error)):
+            if "memory" not in str(error) and "DataLoader worker (" not in str(error):
                 raise
             text = f"{text}; use a smaller --batch-size, --dim or --width, or fewer --workers"
         print(f"train.py: {text}", file=sys.stderr)
