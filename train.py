@@ -289,7 +289,8 @@ def forward(run, network, view, batches):
     view[rows] is read on the host, raw data by --workers processes. A shared view is computed in
     shares, and all processes get all outputs.
     """
-    raw, shared, parts = not torch.is_tensor(view), is_shared(view), [r.tolist() for r in batches]
+    raw, shared = not torch.is_tensor(view), is_shared(view)
+    parts = [rows.tolist() for rows in batches]
     if shared:  # each process's share has the same size: the first rows may come twice
         parts = [(rows + rows[: -len(rows) % COUNT])[RANK::COUNT] for rows in parts]
     how = {"num_workers": run.workers if raw else 0, "pin_memory": raw and run.device == "cuda"}
@@ -338,7 +339,8 @@ def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, score
     optimizer = torch.optim.Adam(groups, fused=True)
     end = 0 if run.lr_decay == "linear" else 1
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1, end, epochs * steps)
-    full, trained, scored = full or network, network, scored or [name.partition("_")[2]]
+    full, trained = full or network, network
+    scored = scored or [name.partition("_")[2]]
     if is_shared(view):
         if run.device == "cuda":  # on the CPU batch norms are each process's own
             nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -765,7 +767,8 @@ def main(argv=None):
         args = options(argv)
         if COUNT > 1:
             distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if args.device == "cuda" else -1)
+            if args.device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")
         evaluate(args) if args.stage == "eval" else train_all(args)
