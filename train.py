@@ -676,7 +676,7 @@ def show(args, data, result):
     """Print the scores, and each student's paired differences."""
     means, errors, picks = result["mean"], result["stderr"], result["mean"]["teacher_picks"]
     unit = "accuracy in %" if data.task == "classification" else f"CCC of {'/'.join(data.names)}"
-    print(f"\n{unit} ± standard error; differences in points [95 % interval], * where it excludes 0")
+    print(f"\n{unit} ± standard error; differences in points [95 % interval], * if without 0")
     for model in [name for name in means if name not in ("tnet", "students", "teacher_picks")]:
         print(f"{model.replace('_', ' '):<30}{cell(means[model], errors[model])}")
     for method, value in means["students"].items():
