@@ -92,8 +92,7 @@ def features(path, need_privileged=True, need_label=True):
     useful = KEYS if need_privileged else ["visual", "label"]
     with reading(path, f"must be a .npz file of plain arrays {', '.join(needed)}"):
         with np.load(path, allow_pickle=False) as file:
-            there = [key for key in useful if key in needed or key in file.files]
-            arrays = {key: file[key] for key in there}
+            arrays = {key: file[key] for key in useful if key in needed or key in file.files}
 
     # Check each array, and turn numbers to vectors (N, F).
     count = len(np.atleast_1d(arrays["visual"]))

@@ -29,7 +29,7 @@ def the_same_gradients_as_one_process():
     ours, sizes = copy.deepcopy(alone), []
     ours.register_forward_hook(lambda network, x, outputs: sizes.append(len(outputs)))
     x, label = torch.randn(7, 1, 1, 5).double(), torch.rand(7, 2).double()
-    run = Namespace(data=Namespace(visual=x, privileged=None), device="cpu", workers=0, place="")
+    run = Namespace(device="cpu", workers=0)
     both, rows = nn.parallel.DistributedDataParallel(ours), torch.arange(7)
     [(_, (outputs,))] = train.forward(run, both, x, [rows])
     for prediction in (alone(x), outputs):
@@ -58,7 +58,8 @@ def test_the_same_scores_as_one_process(tmp_path):
 
 
 def test_more_processes_than_rows_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "processes", lambda: (0, 40))
+    monkeypatch.setattr(train, "COUNT", 40)
+    monkeypatch.setattr(distributed, "init_process_group", lambda backend: None)
     with pytest.raises(SystemExit):
         train.main(["--dataset", "features", "--data", str(two_view(tmp_path / "data.npz"))])
     assert re.fullmatch("train.py: .*40 processes.*\n", capsys.readouterr().err)

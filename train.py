@@ -19,24 +19,22 @@ Views, labels and embeddings of all clips stay on the host. Networks and the bat
 the device: `forward` takes a batch there, `predict` brings the outputs back.
 """
 
-import argparse
 import csv
 import io
 import json
 import math
 import os
-import re
 import signal
 import sys
 import warnings
 import zlib
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy import stats
 from torch import distributed, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -46,6 +44,9 @@ import mtpkdot
 
 VIEWS = ("visual", "privileged")
 STAGES = ("teachers", "align", "student")
+DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+# The number of this process, and that of all processes: torchrun tells.
+RANK, COUNT = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def refuse(message):
@@ -56,6 +57,10 @@ def refuse(message):
 # ---- options ------------------------------------------------------------------------------------
 
 
+def listed(text):
+    return text.split(",")
+
+
 # Of each section: (name, default, meaning), and a type where the default has none. A tuple is all
 # values that can be chosen, the default first.
 OPTIONS = {
@@ -63,25 +68,25 @@ OPTIONS = {
         ("preset", (None, "released"), "other defaults: those of the authors' code"),
         ("data", None, "file or folder of the data set", str),
         ("stage", ("all", *STAGES, "eval"), "what to make, or eval: to score"),
-        ("method", "mtpkdot,task,visual", "students of METHODS, with commas, or all"),
+        ("method", "mtpkdot,task,visual", "students of METHODS, with commas, or all", listed),
         ("out", None, "folder of the run; None is runs/DATASET", Path),
         ("fold", None, "train this fold only, counted from 0", int),
         ("seeds", 1, "repeat everything with as many seeds, from --seed on"),
         ("epochs", None, "of every network, in the place of --updates and --epochs-...", int),
         ("student", None, "eval: file of the student", Path),
         ("predictions", None, "eval: .csv file for what it predicts for each clip", Path),
-        ("device", ("auto", "cpu", "cuda"), "auto is cuda where there is one"),
+        ("device", DEVICES, "where networks are; cuda, if the machine has it"),
         ("workers", min(8, os.cpu_count() or 1), "processes that read raw data"),
     ],
     "data": [
-        ("dataset", (None, "synthetic", "features", "affwild2", "biovid"), "None is synthetic"),
+        ("dataset", ("synthetic", "features", "affwild2", "biovid"), "which data, see README"),
         ("seed", 0, "of folds, initial weights and batches"),
         ("folds", None, "number of folds; None is the data's own split, or 5", int),
         ("folds-by", ("person", "clip"), "clip: people are in training and validation"),
         ("select", ("train", "val"), "who chooses epochs: a fifth of the training people, or val"),
         ("train-rows", None, "train on as many rows of each fold", int),
-        ("clip-stride", None, "affwild2: every N-th usable frame; None is 1; eval: as it was", int),
-        ("levels", "BL1,PA4", f"biovid: the classes, of {','.join(datasets.BIOVID_LEVELS)}"),
+        ("clip-stride", 1, "affwild2: every N-th usable frame; eval: as it was"),
+        ("levels", "BL1,PA4", f"biovid: classes, of {','.join(datasets.BIOVID_LEVELS)}", listed),
         ("signal", ("emg_corrugator", *datasets.BIOVID_SIGNALS), "biovid: the privileged signal"),
         ("batch-size", 128, "clips of a batch, at most"),
         ("updates", 200, "a network trains for as many updates at the least"),
@@ -125,26 +130,21 @@ OPTIONS = {
 }
 LEAST = {"fold": 0, "workers": 0, "seed": 0, "updates": 0, "folds": 2, "train_rows": 2, "dim": 2}
 LEAST |= {"batch_size": 2, "eps": 1e-9}  # of any other number: 1 if it is whole, else 0
-DATASETS = {  # other defaults
+DEFAULTS = {  # of a --dataset or a --preset, where they differ from those above
     "synthetic": {"dim": 128, "width": 4, "updates": 100},
     "features": {"dim": 128, "epochs_backbone": 100},
+    "released": {  # Source: released code; it leaves stage 1 open: lr_joint is ours
+        **{"folds_by": "clip", "dim": models.DIM, "updates": 0, "select": "val"},
+        **{"lr_decay": "none", "lr_joint": 1e-4, "lr_tnet": 5e-5, "lr_adapter": 5e-3},
+        **{"lr_student": 5e-4, "shift": "min", "student_backbone": "frozen", "w_centroid": 0.2},
+        **{"anchors": "least", "epochs_align": 10, "dropout": 0.0, "dropout_student": 0.0},
+    },
 }
-RELEASED = {  # --preset. Source: released code; it leaves stage 1 open: lr_joint is ours
-    **{"folds_by": "clip", "dim": models.DIM, "updates": 0, "select": "val", "lr_decay": "none"},
-    **{"lr_joint": 1e-4, "lr_tnet": 5e-5, "lr_adapter": 5e-3, "lr_student": 5e-4, "shift": "min"},
-    **{"student_backbone": "frozen", "anchors": "least", "w_centroid": 0.2, "epochs_align": 10},
-    **{"dropout": 0.0, "dropout_student": 0.0},
-}
-
-
-def names_of(*sections):
-    return [name.replace("-", "_") for section in sections for name, *_ in OPTIONS[section]]
 
 
 def options(argv=None):
     """The arguments, checked and completed."""
-    how = {"allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
-    parser = argparse.ArgumentParser(**how)
+    parser = ArgumentParser(allow_abbrev=False, formatter_class=ArgumentDefaultsHelpFormatter)
     parser.error = refuse
     for title, settings in OPTIONS.items():
         section = parser.add_argument_group(title)
@@ -154,8 +154,12 @@ def options(argv=None):
                 how = {"default": default[0], "choices": dict.fromkeys(default)}
             section.add_argument(f"--{name}", help=meaning, metavar="X", **how)
     first = parser.parse_args(argv)
-    parser.set_defaults(**DATASETS.get(first.dataset or "synthetic", {}))
-    parser.set_defaults(**RELEASED if first.preset else {})
+    for chosen in (first.dataset, first.preset):
+        parser.set_defaults(**DEFAULTS.get(chosen, {}))
+    if first.student:  # its data is read as it was in training
+        same = ("dataset", "clip_stride", "levels")
+        made = read(first.student, lambda saved: {key: saved["origin"][key] for key in same})
+        parser.set_defaults(**made)
     args = parser.parse_args(argv)
 
     for name, value in vars(args).items():
@@ -164,37 +168,31 @@ def options(argv=None):
             refuse(f"argument --{name.replace('_', '-')}: {value} is not a number from {least} on")
     if (args.stage == "eval") != bool(args.student) or (args.predictions and not args.student):
         refuse("arguments --student, --predictions: they are for --stage eval --student FILE")
-    args.methods = list(METHODS) if args.method == "all" else args.method.split(",")
-    if not set(args.methods) <= set(METHODS):
-        refuse(f"argument --method: {args.method} is not all, nor of {', '.join(METHODS)}")
-    if args.dim % 2:
-        refuse(f"argument --dim: {args.dim} is odd, and two attention heads share it")
-    if max(args.dropout, args.dropout_student) >= 1:
-        refuse("arguments --dropout, --dropout-student: they must be less than 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        refuse("argument --device: this machine has no CUDA device; use --device cpu")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.levels = args.levels.split(",")
-    if args.stage != "eval":  # which has both from the student
-        args.dataset, args.clip_stride = args.dataset or "synthetic", args.clip_stride or 1
-    args.out = args.out or Path("runs") / str(args.dataset)
+    if args.method == ["all"]:
+        args.method = list(METHODS)
+    if not set(args.method) <= set(METHODS):
+        refuse(f"argument --method: give all, or some of {', '.join(METHODS)}, with commas")
+    if args.dim % 2 or max(args.dropout, args.dropout_student) >= 1:
+        refuse("arguments --dim, --dropout, --dropout-student: dim must be even, dropout below 1")
+    args.out = args.out or Path("runs") / args.dataset
+    args.place = args.student or args.out  # for messages
     if args.epochs:
-        args.updates = 0
-        vars(args).update({name: args.epochs for name in vars(args) if name.startswith("epochs_")})
+        every = [name for name in vars(args) if name.startswith("epochs_")]
+        vars(args).update(dict.fromkeys(every, args.epochs), updates=0)
     return args
 
 
 # ---- files --------------------------------------------------------------------------------------
 # A fold's folder holds a file STAGE_NAME.pt for each network, saved after every epoch. The same
 # command given again loads what is there and makes the rest. A `run` is the arguments and what a
-# seed and a fold add: data, number, folder, and rows to train on, to choose by and to score.
+# seed and a fold add: data, number, folder, rows to train on, to choose by, to score and to show.
 
 
 def origin(run, name):
     """What a file is made from: the data, and the arguments of its stage and of those before."""
-    stages = STAGES[: STAGES.index(name.partition("_")[0]) + 1]
-    return {"data": run.content, **{key: getattr(run, key) for key in names_of("data", *stages)}}
+    sections = ["data", *STAGES[: STAGES.index(name.partition("_")[0]) + 1]]
+    names = [name.replace("-", "_") for section in sections for name, *_ in OPTIONS[section]]
+    return {"data": run.content, **{name: getattr(run, name) for name in names}}
 
 
 def save(run, name, saved):
@@ -203,7 +201,7 @@ def save(run, name, saved):
     path, file = run.folder / f"{name}.pt", io.BytesIO()
     torch.save({**saved, "origin": origin(run, name)}, file)
     wait_for_all()
-    if processes()[0] == 0:
+    if RANK == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         temporary.write_bytes(file.getbuffer())
@@ -220,15 +218,11 @@ def read(path, use=dict):
         refuse(f"{path}: missing, damaged or not what it should be ({reason})")
 
 
-def load(run, name, needed=False):
-    """What the file of this name holds, or None. Refused are one that is made from other data or
-    arguments, and one that is needed and not finished."""
+def load(run, name):
+    """What the file of this name holds, at least its origin. One of another origin is refused."""
     path, mine = run.folder / f"{name}.pt", origin(run, name)
-    saved = read(path) if path.exists() else None
-    if needed and (saved is None or "optimizer" in saved):
-        stage = name.partition("_")[0]
-        refuse(f"{path} is missing or unfinished: run --stage {stage} first, with the same --out")
-    theirs = saved.get("origin", {}) if saved else mine
+    saved = read(path) if path.exists() else {"origin": mine}
+    theirs = saved.get("origin", {})
     differ = [key for key in mine if theirs.get(key) != mine[key]]
     if differ:
         pairs = [f"--{k.replace('_', '-')} ({theirs.get(k)}, now {mine[k]})" for k in differ]
@@ -236,36 +230,29 @@ def load(run, name, needed=False):
     return saved
 
 
+def weights_of(run, name):
+    """The weights of a network that an earlier step has finished."""
+    saved, stage = load(run, name), name.partition("_")[0]
+    if "scores" not in saved:
+        refuse(f"{run.folder}: no finished {name}.pt; run --stage {stage} first, with this --out")
+    return saved["weights"]
+
+
 # ---- processes ----------------------------------------------------------------------------------
 # Under torchrun all processes share out what trains or runs on frames and spectrograms. What runs
 # on vectors and embeddings, each does alike. The first one writes and prints.
 
 
-def processes():
-    """(number of this process, number of processes): (0, 1), or what torchrun started."""
-    if not distributed.is_initialized():
-        return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()
-
-
-def wait_for_all():
-    if processes()[1] > 1:
-        distributed.barrier()
+wait_for_all = distributed.barrier if COUNT > 1 else lambda: None
 
 
 def is_shared(view):
-    return processes()[1] > 1 and len(view.shape) > 3
-
-
-def share(rows):
-    """This process's part of a batch, of the same size for all: the first rows may come twice."""
-    rank, count = processes()
-    return torch.cat([rows, rows[: -len(rows) % count]])[rank::count]
+    return COUNT > 1 and len(view.shape) > 3
 
 
 def bar(steps, name, count=None):
     """A progress bar around a loop, of the first process and where there is a terminal."""
-    return tqdm(steps, name, count, leave=False, disable=processes()[0] > 0 or None)
+    return tqdm(steps, name, count, leave=False, disable=RANK > 0 or None)
 
 
 def gather(part):
@@ -273,11 +260,10 @@ def gather(part):
 
     Each process then has the loss of the whole batch, whose gradient reaches its own share alone.
     """
-    rank, count = processes()
-    parts = [torch.empty_like(part) for _ in range(count)]
+    parts = [torch.empty_like(part) for _ in range(COUNT)]
     distributed.all_gather(parts, part.detach().contiguous())
     # DistributedDataParallel takes the mean of gradients where the sum is due: count times as much.
-    parts[rank] = part + (count - 1) * (part - part.detach())
+    parts[RANK] = part + (COUNT - 1) * (part - part.detach())
     return torch.stack(parts, dim=1).flatten(0, 1)
 
 
@@ -289,11 +275,7 @@ def seed_everything(run, part):
     torch.manual_seed(zlib.crc32(repr((run.seed, run.number, part)).encode()))
 
 
-def labels(run, rows):
-    return run.data.label[rows].to(run.device)
-
-
-def score(data, prediction, rows):
+def task_score(data, prediction, rows):
     """Accuracy in 0..1, or {column: CCC, ..., "mean": their mean}."""
     label = data.label[rows]
     if data.task == "classification":
@@ -306,11 +288,6 @@ def headline(value):
     return value["mean"] if isinstance(value, dict) else value
 
 
-def refuse_unless_finite(run, what, tensors):
-    if not all(bool(t.isfinite().all()) for t in tensors):
-        refuse(f"{run.place}: its {what} not finite; what was saved stays; lower its --lr")
-
-
 def forward(run, network, view, batches):
     """Yield each batch of rows and the network's outputs for it, a tuple of tensors (B, ...).
 
@@ -318,13 +295,16 @@ def forward(run, network, view, batches):
     shares, and all processes get all outputs.
     """
     raw, shared = not torch.is_tensor(view), is_shared(view)
-    parts = [(share(rows) if shared else rows).tolist() for rows in batches]
+    parts = [rows.tolist() for rows in batches]
+    if shared:  # each process's share has the same size: the first rows may come twice
+        parts = [(rows + rows[: -len(rows) % COUNT])[RANK::COUNT] for rows in parts]
     how = {"num_workers": run.workers if raw else 0, "pin_memory": raw and run.device == "cuda"}
     how["generator"] = torch.Generator()  # so that reading draws nothing from the run's
     for rows, x in zip(batches, DataLoader(view, batch_size=None, sampler=parts, **how)):
         outputs = network(x.to(run.device, non_blocking=True))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        refuse_unless_finite(run, "outputs are", outputs)
+        if not all((t.abs() < 1e15).all() for t in outputs):  # nor is a NaN; squares are finite
+            refuse(f"{run.place}: too large outputs; what was saved stays; lower its --lr")
         if shared:
             outputs = tuple(gather(t)[: len(rows)] for t in outputs)
         yield rows, outputs
@@ -340,48 +320,40 @@ def predict(run, network, view, rows):
     return [torch.cat([t.cpu() for t in parts]) for parts in zip(*outputs)]
 
 
-def fit(run, name, network, rates, epochs, view, loss_of, scored, full=None, **about):
+def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, scored=None, full=None):
     """Train `network` with Adam, and leave its best epoch in the file `name`.
 
-    rates    [(module, learning rate)]; epochs: at the least, as --updates may ask for more
+    rate     learning rate, or {part of the network: learning rate}
+    epochs   at the least, as --updates may ask for more
     view     what the network takes: a view of the data set, or embeddings
-    loss_of  (rows, outputs...) -> dict of scalars, of which "loss" is minimised
-    scored   names of the models in it; the mean of their scores chooses the epoch, or, where there
-             is none, the loss
+    loss_of  (rows, label, outputs...) -> dict of scalars, of which "loss" is minimised
+    score    (data, what a model says of rows, rows) -> its score
+    scored   names of the models in it, where they are several; the mean of their scores chooses
+             the epoch
     full     the network that is saved, where `network` is only a part of it
-    about    what is saved besides
     """
-    saved = load(run, name) or {"history": [], "best": -math.inf}
+    saved = {"history": [], "best": -math.inf, **load(run, name)}
     if "scores" in saved:
         return
 
     # Batches of nearly equal size: the similarities within a runt of two clips would mean nothing.
     steps = max(1, min(math.ceil(len(run.train) / run.batch_size), len(run.train) // 2))
     epochs = max(epochs, math.ceil(run.updates / steps))
-    groups = [{"params": list(module.parameters()), "lr": rate} for module, rate in rates]
+    rates = rate if isinstance(rate, dict) else {"": rate}  # of which "" is the whole
+    groups = [{"params": network.get_submodule(p).parameters(), "lr": rates[p]} for p in rates]
     optimizer = torch.optim.Adam(groups, fused=True)
     end = 0 if run.lr_decay == "linear" else 1
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1, end, epochs * steps)
     full, trained = full or network, network
+    scored = scored or [name.partition("_")[2]]
     if is_shared(view):
         if run.device == "cuda":  # on the CPU batch norms are each process's own
             nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        trained = DistributedDataParallel(network)
+        trained = nn.parallel.DistributedDataParallel(network)
 
-    @torch.no_grad()
     def scores_of(rows):
-        if not scored:  # batch by batch, as MMD compares all pairs
-            trained.eval()
-            batches = rows.tensor_split(math.ceil(len(rows) / run.batch_size))
-            losses = [
-                loss_of(part, *outputs)["loss"].item() * len(part) / len(rows)
-                for part, outputs in forward(run, trained, view, batches)
-            ]
-            return {"tnet": -sum(losses)}
-        outputs = predict(run, trained, view, rows)
-        # Of several models predictions are (N, models, K), of one (N, K).
-        predictions = outputs[1].unbind(1) if len(scored) > 1 else outputs[1:]
-        return {model: score(run.data, said, rows) for model, said in zip(scored, predictions)}
+        said = predict(run, trained, view, rows)[-1].view(len(rows), len(scored), -1)
+        return {model: score(run.data, said[:, i], rows) for i, model in enumerate(scored)}
 
     # Go on where the same command stopped before.
     parts = {"network": network, "optimizer": optimizer, "decay": decay}
@@ -397,7 +369,7 @@ def fit(run, name, network, rates, epochs, view, loss_of, scored, full=None, **a
         drawn = view.drawn(torch.randint(2**31, ()).item()) if hasattr(view, "drawn") else view
         means = {}
         for rows, outputs in bar(forward(run, trained, drawn, order), name, steps):
-            terms = loss_of(rows, *outputs)
+            terms = loss_of(rows, run.data.label[rows].to(run.device), *outputs)
             optimizer.zero_grad()
             terms["loss"].backward()
             optimizer.step()
@@ -407,7 +379,6 @@ def fit(run, name, network, rates, epochs, view, loss_of, scored, full=None, **a
 
         # Score it on the rows that choose the epoch, and keep the best.
         now = float(np.mean([headline(value) for value in scores_of(run.choose).values()]))
-        refuse_unless_finite(run, "score is", [torch.tensor(now)])
         if now > saved["best"]:
             weights = {key: t.cpu().clone() for key, t in full.state_dict().items()}
             saved.update(best=now, weights=weights)
@@ -422,8 +393,9 @@ def fit(run, name, network, rates, epochs, view, loss_of, scored, full=None, **a
 
     # Score the best epoch on the validation rows, and save all that is needed to use it.
     full.load_state_dict(saved["weights"])
-    kept = {key: saved[key] for key in ("weights", "history")}
-    save(run, name, {**kept, "scores": scores_of(run.val), **about})
+    final = {"weights": saved["weights"], "history": saved["history"], **run.about}
+    z = predict(run, trained, view, run.shown)[0]
+    save(run, name, {**final, "scores": scores_of(run.val), "z": z})
 
 
 # ---- stage 1: teachers --------------------------------------------------------------------------
@@ -436,26 +408,22 @@ def single(run, view, name=None, dropout=0.0):
     bfloat16 = has_it if run.amp == "auto" else run.amp == "on"
     encoder = models.backbone(source.shape[1:], run.dim, run.width, bfloat16, dropout)
     network = models.Single(encoder, nn.Linear(run.dim, len(run.data.names)))
-    vectors = isinstance(encoder, models.Encoder)
-    if published and vectors:
-        refuse(f"argument --{view}-weights: it is for raw data, and this data set holds vectors")
     if name:
-        network.load_state_dict(load(run, name, needed=True)["weights"])
-    elif vectors:
-        encoder.fit_standardisation(source[run.train])
+        network.load_state_dict(weights_of(run, name))
     elif published:
-        read(Path(published), lambda weights: models.load_published(encoder, weights))
+        read(published, lambda weights: models.load_published(encoder, weights))
+    elif isinstance(encoder, models.Encoder):
+        encoder.fit_standardisation(source[run.train])
     return network.to(run.device)
 
 
 def embeddings(run):
     """z_v and z_p of all clips by the backbones of stage 1, (N, 2, D), from a file or made."""
     saved = load(run, "teachers_embeddings")
-    if saved is None:
-        both, rows = [], torch.arange(len(run.data.label))
-        for view in VIEWS:
-            encoder = single(run, view, f"teachers_{view}").encoder
-            both += predict(run, encoder, getattr(run.data, view), rows)
+    if "z" not in saved:
+        rows = torch.arange(len(run.data.label))
+        networks = {view: single(run, view, f"teachers_{view}") for view in VIEWS}
+        both = [predict(run, networks[v], getattr(run.data, v), rows)[0] for v in VIEWS]
         saved = {"z": torch.stack(both, dim=1)}
         save(run, "teachers_embeddings", saved)
     return saved["z"]
@@ -464,33 +432,35 @@ def embeddings(run):
 def teachers(run):
     """Stage 1. Each backbone learns the task alone; then the joint teacher and T-Net learn."""
 
-    def task_of(rows, z, prediction):
-        return {"loss": mtpkdot.task_loss(prediction, labels(run, rows))}
+    def task_of(rows, label, z, prediction):
+        return {"loss": mtpkdot.task_loss(prediction, label)}
 
     # A backbone with a head for each view. The visual one is the visual-only baseline.
     for view in VIEWS:
         seed_everything(run, view)
         network, source = single(run, view, dropout=run.dropout), getattr(run.data, view)
-        rates = [(network, run.lr_backbone)]
-        fit(run, f"teachers_{view}", network, rates, run.epochs_backbone, source, task_of, [view])
+        fit(run, f"teachers_{view}", network, run.lr_backbone, run.epochs_backbone, source, task_of)
 
     # The joint teacher: the fusion of both embeddings, which stay as they are.
     z = embeddings(run)
     seed_everything(run, "joint")
     joint = models.Fusion(run.dim, len(run.data.names), run.dropout).to(run.device)
-    rates = [(joint, run.lr_joint)]
-    fit(run, "teachers_joint", joint, rates, run.epochs_joint, z, task_of, ["joint"])
+    fit(run, "teachers_joint", joint, run.lr_joint, run.epochs_joint, z, task_of)
 
     # T-Net: the privileged embedding, hallucinated from the visual one.
     seed_everything(run, "tnet")
     tnet = models.TNet(run.dim).to(run.device)
 
-    def loss_of(rows, hallucinated):
-        z_p = z[rows, 1].to(run.device)
+    def loss_of(rows, label, hallucinated):
+        z_p = z[rows, 1].to(hallucinated.device)
         return {"loss": mtpkdot.tnet_loss(hallucinated, z_p, run.tnet_loss)}
 
-    rates = [(tnet, run.lr_tnet)]
-    fit(run, "teachers_tnet", tnet, rates, run.epochs_joint, z[:, 0], loss_of, [])
+    def likeness(data, hallucinated, rows):  # batch by batch, as MMD compares all pairs
+        count = math.ceil(len(rows) / run.batch_size)
+        batches = zip(rows.tensor_split(count), hallucinated.tensor_split(count))
+        return -sum(loss_of(r, None, h)["loss"].item() * len(r) / len(rows) for r, h in batches)
+
+    fit(run, "teachers_tnet", tnet, run.lr_tnet, run.epochs_joint, z[:, 0], loss_of, likeness)
 
 
 # ---- stage 2: align -----------------------------------------------------------------------------
@@ -500,21 +470,20 @@ def align(run):
     """Stage 2. Adapters pull both single embeddings to the joint one, and the joint one to them."""
     seed_everything(run, "align")
     network = models.Teachers(run.dim, len(run.data.names), run.dropout).to(run.device)
-    network.joint.load_state_dict(load(run, "teachers_joint", needed=True)["weights"])
+    network.joint.load_state_dict(weights_of(run, "teachers_joint"))
 
     # The distance of the embeddings, and the task of all three teachers.
-    def loss_of(rows, z, predictions):
+    def loss_of(rows, label, z, predictions):
         z_j, a_v, a_p = z.unbind(1)
         distance = mtpkdot.alignment_loss(a_v, a_p, z_j)
-        tasks = [mtpkdot.task_loss(said, labels(run, rows)) for said in predictions.unbind(1)]
+        tasks = [mtpkdot.task_loss(said, label) for said in predictions.unbind(1)]
         return {"loss": mtpkdot.align_stage_loss(distance, *tasks), "align": distance}
 
     # An epoch is best where all three are good. The released code asks the joint one alone, which,
     # trained in stage 1, is at its best before the adapters have learned.
     names = ["joint_aligned", *mtpkdot.TEACHERS[1:]]
-    rates = [(network.joint, run.lr_fusion)]
-    rates += [(part, run.lr_adapter) for part in (network.adapters, network.heads)]
-    fit(run, "align", network, rates, run.epochs_align, embeddings(run), loss_of, names)
+    rates = {"joint": run.lr_fusion, "adapters": run.lr_adapter, "heads": run.lr_adapter}
+    fit(run, "align", network, rates, run.epochs_align, embeddings(run), loss_of, scored=names)
 
 
 # ---- stage 3: student ---------------------------------------------------------------------------
@@ -537,37 +506,30 @@ METHODS = {
     "task": ("teachers", JOINT, {"task": 1}),  # the student without distillation
     "visual": ("teachers", JOINT, {"task": 1}),  # the visual network alone, as long in training
 }
+NETWORKS = [f"teachers_{name}" for name in (*VIEWS, "joint", "tnet")]
+NETWORKS += ["align", *(f"student_{method}" for method in METHODS)]
 
 
-def trained_teachers(run, stage):
-    """The three teachers: those of stage 2, or those that stage 1 left, without adapters."""
-    network = models.Teachers(run.dim, len(run.data.names), adapters=stage == "align")
-    if stage == "align":
-        network.load_state_dict(load(run, "align", needed=True)["weights"])
-    else:
-        network.joint.load_state_dict(load(run, "teachers_joint", needed=True)["weights"])
-        for view in VIEWS:
-            network.heads[view] = single(run, view, f"teachers_{view}").head
-    return network.to(run.device).eval()
+def student(run, method):
+    """Stage 3. A student on visual input learns the task, and what its loss takes from a teacher.
 
-
-def students(run):
-    """Stage 3. All students start from the same weights and see the same batches."""
-    z = embeddings(run)
-    for method in run.methods:
-        student(run, method, z)
-
-
-def student(run, method, z):
-    """A student on visual input learns the task, and what its loss takes from a teacher.
-
-    z are the embeddings of all clips, (N, 2, D).
+    All students start from the same weights and see the same batches.
     """
     stage, candidates, terms = METHODS[method]
+    z = embeddings(run)
     weights = {term: getattr(run, w) if isinstance(w, str) else w for term, w in terms.items()}
     transport = {"k": run.k, "which": run.anchors, "shift": run.shift == "min", "eps": run.eps}
     transport["debias"] = run.ot == "debiased"
-    teacher_net = trained_teachers(run, stage)
+
+    # The three teachers: those of stage 2, or those that stage 1 left, without adapters.
+    teacher_net = models.Teachers(run.dim, len(run.data.names), adapters=stage == "align")
+    if stage == "align":
+        teacher_net.load_state_dict(weights_of(run, "align"))
+    else:
+        teacher_net.joint.load_state_dict(weights_of(run, "teachers_joint"))
+        for view in VIEWS:
+            teacher_net.heads[view] = single(run, view, f"teachers_{view}").head
+    teacher_net.to(run.device).eval()
     columns = [mtpkdot.TEACHERS.index(teacher) for teacher in candidates]
 
     # The student: the visual backbone of stage 1, or afresh; T-Net; a fusion of its own.
@@ -575,7 +537,7 @@ def student(run, method, z):
     start = None if run.student_backbone == "scratch" else "teachers_visual"
     baseline = single(run, "visual", start, run.dropout_student)
     tnet, view = models.TNet(run.dim), run.data.visual
-    tnet.load_state_dict(load(run, "teachers_tnet", needed=True)["weights"])
+    tnet.load_state_dict(weights_of(run, "teachers_tnet"))
     fusion = models.Fusion(run.dim, len(run.data.names), run.dropout_student)
     full = network = models.Student(baseline.encoder, tnet.composed(), fusion).to(run.device)
     if method == "visual":  # whose z_s is z_v
@@ -584,8 +546,7 @@ def student(run, method, z):
         network, view = models.Student(nn.Identity(), full.tnet, fusion), z[:, 0]
 
     # Its loss on a batch: pick the teacher, then add up the terms.
-    def loss_of(rows, z_s, prediction):
-        label = labels(run, rows)
+    def loss_of(rows, label, z_s, prediction):
         with torch.no_grad():
             z_teachers, said = (t[:, columns] for t in teacher_net(z[rows].to(run.device)))
         losses = torch.stack([mtpkdot.task_loss(one, label) for one in said.unbind(1)])
@@ -594,12 +555,8 @@ def student(run, method, z):
         terms = mtpkdot.student_loss(weights, prediction, label, z_s, **teacher, **transport)
         return {**terms, **{name: chosen == i for i, name in enumerate(candidates)}}
 
-    # Train it. Its file holds all that inference needs.
-    about = {"method": method, "task": run.data.task, "names": run.data.names, "val": run.val}
-    about.update(dim=run.dim, width=run.width, input_shape=list(run.data.visual.shape[1:]))
-    about["trained_on"] = run.visual_content
-    how = ([(network, run.lr_student)], run.epochs_student, view, loss_of, [method], full)
-    fit(run, f"student_{method}", network, *how, **about)
+    name, epochs = f"student_{method}", run.epochs_student
+    fit(run, name, network, run.lr_student, epochs, view, loss_of, full=full)
 
 
 # ---- evaluate: the student alone ----------------------------------------------------------------
@@ -609,82 +566,73 @@ def evaluate(args):
     """Score a saved student on visual input, and write what it predicts."""
 
     def opened(saved):
-        args.dataset = args.dataset or saved["origin"]["dataset"]
-        args.levels, args.place = saved["origin"]["levels"], args.student
-        args.clip_stride = args.clip_stride or saved["origin"]["clip_stride"]
         about = (saved[key] for key in ("names", "task", "input_shape", "trained_on"))
         return models.load_student(saved), saved["val"].long(), *about
 
     network, rows, names, task, shape, trained_on = read(args.student, opened)
     classes = task == "classification"
     data = datasets.load(args, need_privileged=False, need_label=not args.predictions)
-    theirs = list(data.visual.shape[1:])
-    if theirs != shape:
-        refuse(f"{args.student} is for input shape {shape}; the data has {theirs}")
+    if list(data.visual.shape[1:]) != shape:
+        refuse(f"{args.student} is for input shape {shape}, not {list(data.visual.shape[1:])}")
     own = datasets.digest(data.visual) == trained_on  # of these only the validation rows count
     rows = rows if own else torch.arange(len(data.visual))
     print(f"{args.student}: {len(rows)} {'validation rows of its own data' if own else 'rows'}")
     prediction = predict(args, network.to(args.device), data.visual, rows)[1]
 
-    if args.predictions and processes()[0] == 0:
+    if args.predictions and RANK == 0:
         name_of = str if torch.is_tensor(data.visual) else data.visual.name
-        header = ["prediction", *(f"p_{name}" for name in names)] if classes else names
-        columns = prediction.softmax(1) if classes else prediction
+        header, table = names, prediction.tolist()
+        if classes:
+            header = ["prediction", *(f"p_{name}" for name in names)]
+            table = [[names[p.argmax()], *p.tolist()] for p in prediction.softmax(1)]
         with open(args.predictions, "w", newline="", errors="surrogateescape") as file:
             lines = csv.writer(file, lineterminator="\n")
             lines.writerow(["name", *header])
-            for row, values in zip(rows.tolist(), columns.tolist()):
-                chosen = [names[int(np.argmax(values))]] if classes else []
-                lines.writerow([name_of(row), *chosen, *values])
+            lines.writerows([name_of(row), *values] for row, values in zip(rows.tolist(), table))
         print(f"Predictions saved in {args.predictions}.")
 
     if data.label is not None:
         known = set(data.names) <= set(names) if classes else data.names == names
         if data.task != task or not known:
-            theirs = f"{data.task} of {data.names}"
-            refuse(f"{args.student} knows {task} of {names}; the data is {theirs}")
+            refuse(f"{args.student} knows {task} of {names}, not {data.task} of {data.names}")
         if classes:  # they may be fewer
             numbers = torch.tensor([names.index(name) for name in data.names])
             data = data._replace(label=numbers[data.label])
-        value = score(data, prediction, rows)
-        print(f"Score: {cell(value)}, {task} of {data.names}, from visual input alone.")
+        score = cell(task_score(data, prediction, rows))
+        print(f"Score: {score}, {task} of {data.names}, from visual input alone.")
 
 
 # ---- report -------------------------------------------------------------------------------------
 
 
 def report(args, data, runs):
-    """results.json, history.csv, pictures and the table, of all folds that the folder has."""
-    collected = [(run, *collect(run)) for run in runs]
-    collected = [(run, scores, rows) for run, scores, rows in collected if rows]
-    history = [row for _, _, rows in collected for row in rows]
-    result = summary(args, data, [scores for _, scores, _ in collected])
-    if processes()[0] == 0:
-        (args.out / "results.json").write_text(f"{json.dumps(result, indent=2)}\n")
-        with open(args.out / "history.csv", "w") as file:
-            columns = dict.fromkeys(name for row in history for name in row)
-            lines = csv.DictWriter(file, columns, lineterminator="\n")
-            lines.writeheader()
-            lines.writerows(history)
-    run, scores, _ = collected[-1]
-    draw(run, scores["students"], history)
+    """results.json, history.csv, the table and pictures, of all folds that the folder has."""
+    reports, curves, z = [], [], {}
+    for run in runs:
+        # The scores of a fold, and the history of each of its networks.
+        scores = {"seed": run.seed, "fold": run.number, "students": {}, "teacher_picks": {}}
+        for name in NETWORKS:
+            saved = load(run, name)
+            if "scores" not in saved:
+                continue
+            (scores["students"] if name.startswith("student") else scores).update(saved["scores"])
+            curves.append(saved["history"])
+            z[name] = saved["z"]
+            if name == "student_mtpkdot":
+                picks = {t: float(np.mean([row[t] for row in curves[-1]])) for t in ALL}
+                scores["teacher_picks"] = picks
+        if "visual" in scores:
+            reports.append(scores)
+
+    result, history = summary(args, data, reports), [row for rows in curves for row in rows]
+    (args.out / "results.json").write_text(f"{json.dumps(result, indent=2)}\n")
+    with open(args.out / "history.csv", "w") as file:
+        columns = dict.fromkeys(name for row in history for name in row)
+        lines = csv.DictWriter(file, columns, lineterminator="\n")
+        lines.writeheader()
+        lines.writerows(history)
+    draw(args.out, curves, z)
     show(args, data, result)
-
-
-def collect(run):
-    """The scores of a fold, and its history, from what its folder holds."""
-    scores, history = {"seed": run.seed, "fold": run.number}, []
-    scores.update(students={}, teacher_picks={})
-    names = [f"teachers_{name}" for name in (*VIEWS, "joint", "tnet")] + ["align"]
-    for name in [*names, *(f"student_{method}" for method in METHODS)]:
-        saved = load(run, name)
-        if saved and "scores" in saved:
-            history += saved["history"]
-            (scores["students"] if "method" in saved else scores).update(saved["scores"])
-    followed = [row for row in history if row["model"] == "student_mtpkdot"]
-    for teacher in ALL if followed else ():
-        scores["teacher_picks"][teacher] = float(np.mean([row[teacher] for row in followed]))
-    return scores, history
 
 
 def merged(reports, statistic):
@@ -697,10 +645,6 @@ def merged(reports, statistic):
     return result
 
 
-def standard_error(values):
-    return float(stats.sem(values)) if len(values) > 1 else None
-
-
 def summary(args, data, reports):
     """What results.json holds: means and standard errors over the folds or, of several seeds, over
     the seeds; each student's paired differences to task and visual, with 95 % intervals."""
@@ -709,16 +653,16 @@ def summary(args, data, reports):
         units = [merged([r for r in reports if r["seed"] == seed], np.mean) for seed in seeds]
     metric = "accuracy" if data.task == "classification" else "ccc"
     result = {"dataset": args.dataset, "task": data.task, "metric": metric, "seed": args.seed}
-    result["arguments"] = {name: getattr(args, name) for name in names_of("data", *STAGES)}
-    result.update(folds=reports, mean=merged(units, np.mean), stderr=merged(units, standard_error))
+    result["arguments"] = {k: v for k, v in origin(args, "student").items() if k != "data"}
+    result.update(folds=reports, mean=merged(units, np.mean))
+    result["stderr"] = merged(units, lambda v: float(stats.sem(v)) if len(v) > 1 else None)
     for other in ("task", "visual"):
         less = result[f"less_{other}"] = {}
         for method in result["mean"]["students"]:
             both = [u["students"] for u in units if {method, other} <= set(u["students"])]
             if len(both) > 1 and method != other:
                 gaps = [headline(scores[method]) - headline(scores[other]) for scores in both]
-                margin = standard_error(gaps) * stats.t.ppf(0.975, len(gaps) - 1)
-                mean = np.mean(gaps)
+                mean, margin = np.mean(gaps), stats.sem(gaps) * stats.t.ppf(0.975, len(gaps) - 1)
                 less[method] = {"mean": mean, "low": mean - margin, "high": mean + margin}
     return result
 
@@ -734,10 +678,8 @@ def cell(value, error=None):
 def show(args, data, result):
     """Print the scores, and each student's paired differences."""
     means, errors, picks = result["mean"], result["stderr"], result["mean"]["teacher_picks"]
-    unit, scale, digits = "accuracy in %", 100, 1
-    if data.task == "regression":
-        unit, scale, digits = f"CCC of {'/'.join(data.names)}", 1, 3
-    print(f"\n{unit} ± standard error; paired differences [95 % interval], * where that excludes 0")
+    unit = "accuracy in %" if data.task == "classification" else f"CCC of {'/'.join(data.names)}"
+    print(f"\n{unit} ± standard error; differences in points [95 % interval], * if without 0")
     for model in [name for name in means if name not in ("tnet", "students", "teacher_picks")]:
         print(f"{model.replace('_', ' '):<30}{cell(means[model], errors[model])}")
     for method, value in means["students"].items():
@@ -745,7 +687,7 @@ def show(args, data, result):
         for other in ("task", "visual"):
             gap = result[f"less_{other}"].get(method)
             if gap:
-                mean, low, high = (f"{scale * end:+.{digits}f}" for end in gap.values())
+                mean, low, high = (f"{100 * end:+.1f}" for end in gap.values())
                 sure = "*" if gap["low"] * gap["high"] > 0 else " "
                 line += f"less {other} {mean} [{low}, {high}] {sure}  "
         print(line.rstrip())
@@ -755,114 +697,101 @@ def show(args, data, result):
     print(f"Saved in {args.out}: results.json, history.csv, pictures, and a folder a fold.")
 
 
-def draw(run, finished, history):
+def draw(folder, curves, z):
     """history.png: loss above score, a line a fold. similarity.png: of clips in order of label, by
-    the first of the run's students that is among the finished ones."""
+    the joint teacher and the first student."""
     try:
         from matplotlib import figure
     except ImportError:
         return print("No pictures: they need matplotlib (pip install matplotlib).")
-    names = dict.fromkeys(row["model"] for row in history)
+    names = list(dict.fromkeys(rows[0]["model"] for rows in curves))
     picture = figure.Figure(figsize=(2.5 * len(names), 5))
-    axes = picture.subplots(2, len(names), squeeze=False)
-    for column, name in zip(axes.T, names):
-        column[0].set_title(name, fontsize=7)
-        for axis, value in zip(column, ("loss", "score")):
-            for fold in dict.fromkeys((row["seed"], row["fold"]) for row in history):
-                own = [r for r in history if (r["seed"], r["fold"], r["model"]) == (*fold, name)]
-                axis.plot([row[value] for row in own])
-    pictures = {"history": picture}
+    columns = dict(zip(names, picture.subplots(2, len(names), squeeze=False).T))
+    for rows in curves:
+        for axis, value in zip(columns[rows[0]["model"]], ("loss", "score")):
+            axis.plot([row[value] for row in rows])
+            axis.set_title(f"{rows[0]['model']}, {value}", fontsize=7)
+    picture.savefig(folder / "history.png")
 
-    # The joint teacher's similarities beside those of the first student.
-    for method in [m for m in run.methods if m in finished and m != "visual"][:1]:
-        rows = run.val[torch.linspace(0, len(run.val) - 1, min(len(run.val), 240)).long()]
-        rows = rows[run.data.label[rows].view(len(rows), -1)[:, 0].argsort(stable=True)]
-        network = models.load_student(load(run, f"student_{method}")).to(run.device)
-        teacher_net = trained_teachers(run, METHODS[method][0])
-        z_j = predict(run, teacher_net, embeddings(run), rows)[0][:, 0]
-        z_s = predict(run, network, run.data.visual, rows)[0]
-        picture = pictures["similarity"] = figure.Figure(figsize=(8, 4))
-        shown = {"joint teacher": z_j, f"student {method}": z_s}
-        for axis, (name, z) in zip(picture.subplots(1, 2), shown.items()):
-            axis.imshow(mtpkdot.similarity(z).numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
+    for student in [name for name in names if name.startswith("student")][:1]:
+        picture = figure.Figure(figsize=(8, 4))
+        for axis, name in zip(picture.subplots(1, 2), ("teachers_joint", student)):
+            axis.imshow(mtpkdot.similarity(z[name]).numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
             axis.set_title(f"cosine similarity, {name}")
-    for name, picture in pictures.items():
-        if processes()[0] == 0:
-            picture.savefig(run.out / f"{name}.png")
+        picture.savefig(folder / "similarity.png")
 
 
 # ---- main ---------------------------------------------------------------------------------------
 
 
-def runs_of(args, data):
-    """A run for each seed and fold. A folder of other arguments or data is refused here."""
-    runs = []
+def train_all(args):
+    """All stages that are asked for, seed by seed and fold by fold, then the report."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    data, runs = datasets.load(args, progress=lambda files: bar(files, "sound")), []
+    about = {"names": data.names, "task": data.task, "input_shape": list(data.visual.shape[1:])}
+    about.update(dim=args.dim, width=args.width, trained_on=datasets.digest(data.visual))
+    args.content = datasets.digest(about["trained_on"], *data[1:])
+    if args.folds_by == "clip":
+        data = data._replace(group=None)
+
+    # A run for each seed and fold. A folder of other arguments or data is refused here.
     for seed in range(args.seed, args.seed + args.seeds):
         folds = datasets.folds(data, args.folds, seed, args.train_rows, args.select == "train")
         if (args.fold or 0) >= len(folds):
             refuse(f"argument --fold: the folds are 0 to {len(folds) - 1}")
         for number, (train, choose, val) in enumerate(folds):
-            run = argparse.Namespace(**vars(args))
-            run.data, run.seed, run.number = data, seed, number
-            run.train, run.choose, run.val = train, choose, val
+            run = Namespace(**vars(args))
+            run.seed, run.number, run.data = seed, number, data
+            run.train, run.choose, run.val, run.about = train, choose, val, {**about, "val": val}
+            label = data.label[val].view(len(val), -1)[:, 0]
+            run.shown = val[label.argsort(stable=True)][:: 1 + len(val) // 240]  # in a picture
             run.folder = args.out / (f"seed{seed}" if args.seeds > 1 else "") / f"fold{number}"
-            run.place = "a saved network"
-            if min(len(train), len(choose), len(val), args.batch_size) < 2 * processes()[1]:
-                refuse(f"fold {number} or a batch has too few rows for {processes()[1]} processes")
-            for path in sorted(run.folder.glob("*.pt"), reverse=True):  # the last stage tells most
-                if "embedding" not in path.stem:
-                    load(run, path.stem)
+            if min(len(train), len(choose), len(val), args.batch_size) < 2 * COUNT:
+                refuse(f"fold {number} or a batch has too few rows for {COUNT} processes")
+            for name in reversed(NETWORKS):  # the last stage tells most
+                load(run, name)
             runs.append(run)
-    return runs
 
-
-def train_all(args):
-    """All stages that are asked for, seed by seed and fold by fold, then the report."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    data = datasets.load(args, progress=lambda files: bar(files, "sound"))
-    args.visual_content, others = datasets.digest(data.visual), (data.label, data.group, data.split)
-    args.content = datasets.digest(args.visual_content, data.privileged, *others)
-    if args.folds_by == "clip":
-        data = data._replace(group=None)
-    runs = runs_of(args, data)
     for run in runs:
         if args.fold in (None, run.number):
-            for stage, make in zip(STAGES, (teachers, align, students)):
-                if args.stage in ("all", stage):
-                    make(run)
-    report(args, data, runs)
+            if args.stage in ("all", "teachers"):
+                teachers(run)
+            if args.stage in ("all", "align"):
+                align(run)
+            for method in args.method if args.stage in ("all", "student") else ():
+                student(run, method)
+    if RANK == 0:
+        report(args, data, runs)
 
 
 def main(argv=None):
     warnings.showwarning = lambda message, *_: print(f"Warning: {message}", flush=True)
-    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         args = options(argv)
-        if count > 1:
+        if COUNT > 1:
             distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
-        if count > 1 and args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        if rank > 0:
+            if args.device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if RANK > 0:
             sys.stdout = open(os.devnull, "w")
         evaluate(args) if args.stage == "eval" else train_all(args)
     except (datasets.DataError, OSError, RuntimeError) as error:
-        text = str(error)
+        # A reading process's comes with its stack trace, whose last line is the message.
+        text = str(error).rstrip().split("\n")[-1].removeprefix("data.DataError: ")
         if isinstance(error, RuntimeError):
-            if not re.search(r"memory|DataLoader worker \(", text):
+            if "memory" not in str(error) and "DataLoader worker (" not in str(error):
                 raise
             text = f"{text}; use a smaller --batch-size, --dim or --width, or fewer --workers"
         if isinstance(error, OSError):
             text = f"{error.filename or 'output'}: {error.strerror}; what was saved before stays"
-        # A reading process's comes with its stack trace, whose last line is the message.
-        text = text.rstrip().split("\n")[-1].removeprefix("data.DataError: ")
         print(f"train.py: {text}", file=sys.stderr)
         sys.exit(2)
-    if count > 1:
+    if COUNT > 1:
         distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    FIRST = os.getpid() if os.environ.get("RANK", "0") == "0" else None
+    FIRST = os.getpid() if RANK == 0 else None
 
     def stop(number, frame):
         """Ctrl-C and SIGTERM end the process at once: what is on disk is whole at any moment."""
