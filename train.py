@@ -149,10 +149,11 @@ def options(argv=None):
     for title, settings in OPTIONS.items():
         section = parser.add_argument_group(title)
         for name, default, meaning, *kind in settings:
-            how = {"default": default, "type": kind[0] if kind else type(default)}
-            if isinstance(default, tuple):
+            kind = kind[0] if kind else type(default)
+            how = {"default": default, "type": kind, "metavar": "X"}
+            if kind is tuple:
                 how = {"default": default[0], "choices": dict.fromkeys(default)}
-            section.add_argument(f"--{name}", help=meaning, metavar="X", **how)
+            section.add_argument(f"--{name}", help=meaning, **how)
     first = parser.parse_args(argv)
     for chosen in (first.dataset, first.preset):
         parser.set_defaults(**DEFAULTS.get(chosen, {}))
