@@ -267,6 +267,27 @@ def test_several_seeds(finished, tmp_path):
     assert_statistics(got, seeds)
 
 
+@pytest.mark.parametrize("choice, picked", [("loss", 1), ("corrected", 0)])
+def test_a_teacher_that_knows_its_training_rows_by_heart(choice, picked, finished, tmp_path):
+    folder = shutil.copytree(finished.out / "fold0", tmp_path / "fold0")
+    trained = seen(load(folder / "student_mtpkdot.pt"))
+    for path in folder.glob("student_*"):
+        path.unlink()
+    # The adapted visual teacher is right about the rows that it was trained on, and no others.
+    right = (np.load(finished.data)["label"] - 4 + ~np.isin(np.arange(96), trained)) % 3
+    teachers, path = models.Teachers(8, 3), folder / "teachers_embeddings.pt"
+    teachers.load_state_dict(load(folder / "align.pt")["weights"])
+    visual = torch.nn.Sequential(teachers.adapters["visual"], teachers.heads["visual"])
+    bias = visual(torch.zeros(8))
+    inverse = torch.linalg.pinv(visual(torch.eye(8)) - bias)
+    saved = load(path)
+    saved["z"][:, 0] = ((20 * torch.eye(3)[right] - bias) @ inverse).detach()
+    torch.save(saved, path)
+    argv = [*finished.argv, "--stage", "student", "--fold", 0, "--method", "mtpkdot"]
+    run(*argv, "--teacher-choice", choice, "--out", tmp_path)
+    assert results(tmp_path)["mean"]["teacher_picks"]["adapted_visual"] == pytest.approx(picked)
+
+
 @pytest.mark.parametrize("kind", ["frozen", "finetune", "scratch"])
 def test_student_backbone_and_train_rows_and_the_protocol_of_the_paper(kind, finished, tmp_path):
     argv = [*finished.argv, "--out", tmp_path, "--fold", 0, "--method", "task", "--select", "val"]

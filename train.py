@@ -116,6 +116,7 @@ OPTIONS = {
         ("epochs-student", 10, "at the least"),
         ("lr-student", 1e-3, "learning rate"),
         ("dropout-student", 0.25, "as --dropout, of every student"),
+        ("teacher-choice", ("loss", "corrected"), "corrected: by what teachers lose on new rows"),
         ("k", 30, "anchors of a clip"),
         ("anchors", ("most", "least"), "the k most or least similar clips"),
         ("shift", ("none", "min"), "min: similarities less their minimum before OT"),
@@ -546,12 +547,23 @@ def student(run, method):
     elif run.student_backbone == "frozen":  # the same network, on embeddings instead of clips
         network, view = models.Student(nn.Identity(), full.tnet, fusion), z[:, 0]
 
+    def losses_of(said, label):
+        return torch.stack([mtpkdot.task_loss(one, label) for one in said.unbind(1)])
+
+    # Teachers know their training rows by heart. What each loses more on the rows that chose its
+    # epoch, "corrected" adds to its losses. Source: ours.
+    correction = torch.zeros(len(columns))
+    if run.teacher_choice == "corrected":
+        for rows, sign in ((run.choose, 1), (run.train, -1)):
+            said = predict(run, teacher_net, z, rows)[1][:, columns]
+            correction += sign * losses_of(said, run.data.label[rows])
+    correction = correction.to(run.device)
+
     # Its loss on a batch: pick the teacher, then add up the terms.
     def loss_of(rows, label, z_s, prediction):
         with torch.no_grad():
             z_teachers, said = (t[:, columns] for t in teacher_net(z[rows].to(run.device)))
-        losses = torch.stack([mtpkdot.task_loss(one, label) for one in said.unbind(1)])
-        chosen = mtpkdot.choose_teacher(losses)
+        chosen = mtpkdot.choose_teacher(losses_of(said, label) + correction)
         teacher = {"z_t": z_teachers[:, chosen], "prediction_t": said[:, chosen]}
         terms = mtpkdot.student_loss(weights, prediction, label, z_s, **teacher, **transport)
         return {**terms, **{name: chosen == i for i, name in enumerate(candidates)}}
