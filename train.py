@@ -393,7 +393,7 @@ def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, score
         save(run, name, saved)
         print(f"{run.place}  loss {row['loss']:.4f}  score {now:.4f}", flush=True)
 
-    # Score the best epoch on the validation rows, and save all that is needed to use it.
+    # Score the best epoch on the validation rows. Save all that is needed to use and to draw it.
     full.load_state_dict(saved["weights"])
     final = {"weights": saved["weights"], "history": saved["history"], **run.about}
     z = predict(run, trained, view, run.shown)[0]
@@ -692,7 +692,7 @@ def show(args, data, result):
     """Print the scores, and each student's paired differences."""
     means, errors, picks = result["mean"], result["stderr"], result["mean"]["teacher_picks"]
     unit = "accuracy in %" if data.task == "classification" else f"CCC of {'/'.join(data.names)}"
-    print(f"\n{unit} ± standard error; differences in points [95 % interval], * if without 0")
+    print(f"\n{unit} ± standard error; differences in points [95 % interval], * if it excludes 0")
     for model in [name for name in means if name not in ("tnet", "students", "teacher_picks")]:
         print(f"{model.replace('_', ' '):<30}{cell(means[model], errors[model])}")
     for method, value in means["students"].items():
