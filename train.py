@@ -305,8 +305,8 @@ def forward(run, network, view, batches):
     for rows, x in zip(batches, DataLoader(view, batch_size=None, sampler=parts, **how)):
         outputs = network(x.to(run.device, non_blocking=True))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        if not all((t.abs() < 1e15).all() for t in outputs):  # nor is a NaN; squares are finite
-            refuse(f"{run.place}: too large outputs; what was saved stays; lower its --lr")
+        if not all((t.abs() < 1e15).all() for t in outputs):  # squares are finite; NaN is refused
+            refuse(f"{run.place}: NaN or too large outputs; what was saved stays; lower its --lr")
         if shared:
             outputs = tuple(gather(t)[: len(rows)] for t in outputs)
         yield rows, outputs
@@ -396,8 +396,9 @@ def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, score
     # Score the best epoch on the validation rows. Save all that is needed to use and to draw it.
     full.load_state_dict(saved["weights"])
     final = {"weights": saved["weights"], "history": saved["history"], **run.about}
-    z = predict(run, trained, view, run.shown)[0]
-    save(run, name, {**final, "scores": scores_of(run.val), "z": z})
+    z = predict(run, trained, view, run.shown)[0].flatten(1)
+    final.update(scores=scores_of(run.val), similarity=mtpkdot.similarity(z))
+    save(run, name, final)
 
 
 # ---- stage 1: teachers --------------------------------------------------------------------------
@@ -620,7 +621,7 @@ def evaluate(args):
 
 def report(args, data, runs):
     """results.json, history.csv, the table and pictures, of all folds that the folder has."""
-    reports, curves, z = [], [], {}
+    reports, curves, similarities = [], [], {}
     for run in runs:
         # The scores of a fold, and the history of each of its networks.
         scores = {"seed": run.seed, "fold": run.number, "students": {}, "teacher_picks": {}}
@@ -630,7 +631,7 @@ def report(args, data, runs):
                 continue
             (scores["students"] if name.startswith("student") else scores).update(saved["scores"])
             curves.append(saved["history"])
-            z[name] = saved["z"]
+            similarities[name] = saved["similarity"]
             if name == "student_mtpkdot":
                 picks = {t: float(np.mean([row[t] for row in curves[-1]])) for t in ALL}
                 scores["teacher_picks"] = picks
@@ -644,7 +645,7 @@ def report(args, data, runs):
         lines = csv.DictWriter(file, columns, lineterminator="\n")
         lines.writeheader()
         lines.writerows(history)
-    draw(args.out, curves, z)
+    draw(args.out, curves, similarities)
     show(args, data, result)
 
 
@@ -710,7 +711,7 @@ def show(args, data, result):
     print(f"Saved in {args.out}: results.json, history.csv, pictures, and a folder a fold.")
 
 
-def draw(folder, curves, z):
+def draw(folder, curves, similarities):
     """history.png: loss above score, a line a fold. similarity.png: of clips in order of label, by
     the joint teacher and the first student."""
     try:
@@ -729,7 +730,7 @@ def draw(folder, curves, z):
     for student in [name for name in names if name.startswith("student")][:1]:
         picture = figure.Figure(figsize=(8, 4))
         for axis, name in zip(picture.subplots(1, 2), ("teachers_joint", student)):
-            axis.imshow(mtpkdot.similarity(z[name]).numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
+            axis.imshow(similarities[name].numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
             axis.set_title(f"cosine similarity, {name}")
         picture.savefig(folder / "similarity.png")
 
