@@ -135,10 +135,10 @@ DEFAULTS = {  # of a --dataset or a --preset, where they differ from those above
     "synthetic": {"dim": 128, "width": 4, "updates": 100},
     "features": {"dim": 128, "epochs_backbone": 100},
     "released": {  # Source: released code; it leaves stage 1 open: lr_joint is ours
-        **{"folds_by": "clip", "dim": models.DIM, "updates": 0, "select": "val"},
-        **{"lr_decay": "none", "lr_joint": 1e-4, "lr_tnet": 5e-5, "lr_adapter": 5e-3},
-        **{"lr_student": 5e-4, "shift": "min", "student_backbone": "frozen", "w_centroid": 0.2},
-        **{"anchors": "least", "epochs_align": 10, "dropout": 0.0, "dropout_student": 0.0},
+        "folds_by": "clip", "dim": models.DIM, "updates": 0, "select": "val",
+        "lr_decay": "none", "lr_joint": 1e-4, "lr_tnet": 5e-5, "lr_adapter": 5e-3,
+        "lr_student": 5e-4, "shift": "min", "student_backbone": "frozen", "w_centroid": 0.2,
+        "anchors": "least", "epochs_align": 10, "dropout": 0.0, "dropout_student": 0.0,
     },
 }
 
@@ -353,8 +353,8 @@ def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, score
             nn.SyncBatchNorm.convert_sync_batchnorm(network)
         trained = nn.parallel.DistributedDataParallel(network)
 
-    def scores_of(rows):
-        said = predict(run, trained, view, rows)[-1].view(len(rows), len(scored), -1)
+    def scores_of(rows, outputs):
+        said = outputs[-1].view(len(rows), len(scored), -1)
         return {model: score(run.data, said[:, i], rows) for i, model in enumerate(scored)}
 
     # Go on where the same command stopped before.
@@ -380,7 +380,8 @@ def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, score
                 means[term] = means.get(term, 0) + value.detach() * (len(rows) / len(run.train))
 
         # Score it on the rows that choose the epoch, and keep the best.
-        now = float(np.mean([headline(value) for value in scores_of(run.choose).values()]))
+        scores = scores_of(run.choose, predict(run, trained, view, run.choose))
+        now = float(np.mean([headline(value) for value in scores.values()]))
         if now > saved["best"]:
             weights = {key: t.cpu().clone() for key, t in full.state_dict().items()}
             saved.update(best=now, weights=weights)
@@ -396,8 +397,9 @@ def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, score
     # Score the best epoch on the validation rows. Save all that is needed to use and to draw it.
     full.load_state_dict(saved["weights"])
     final = {"weights": saved["weights"], "history": saved["history"], **run.about}
-    z = predict(run, trained, view, run.shown)[0].flatten(1)
-    final.update(scores=scores_of(run.val), similarity=mtpkdot.similarity(z))
+    outputs = predict(run, trained, view, run.val)
+    final["scores"] = scores_of(run.val, outputs)
+    final["similarity"] = mtpkdot.similarity(outputs[0][run.shown].flatten(1))
     save(run, name, final)
 
 
@@ -455,13 +457,15 @@ def teachers(run):
     tnet = models.TNet(run.dim).to(run.device)
 
     def loss_of(rows, label, hallucinated):
-        z_p = z[rows, 1].to(hallucinated.device)
+        z_p = z[rows, 1].to(run.device)
         return {"loss": mtpkdot.tnet_loss(hallucinated, z_p, run.tnet_loss)}
 
     def likeness(data, hallucinated, rows):  # batch by batch, as MMD compares all pairs
         count = math.ceil(len(rows) / run.batch_size)
-        batches = zip(rows.tensor_split(count), hallucinated.tensor_split(count))
-        return -sum(loss_of(r, None, h)["loss"].item() * len(r) / len(rows) for r, h in batches)
+        total = 0
+        for part, out in zip(rows.tensor_split(count), hallucinated.tensor_split(count)):
+            total += loss_of(part, None, out.to(run.device))["loss"].item() * len(part) / len(rows)
+        return -total
 
     fit(run, "teachers_tnet", tnet, run.lr_tnet, run.epochs_joint, z[:, 0], loss_of, likeness)
 
@@ -513,13 +517,13 @@ NETWORKS = [f"teachers_{name}" for name in (*VIEWS, "joint", "tnet")]
 NETWORKS += ["align", *(f"student_{method}" for method in METHODS)]
 
 
-def student(run, method):
+def student(run, method, z):
     """Stage 3. A student on visual input learns the task, and what its loss takes from a teacher.
 
-    All students start from the same weights and see the same batches.
+    All students start from the same weights and see the same batches. z are the embeddings of all
+    clips, (N, 2, D).
     """
     stage, candidates, terms = METHODS[method]
-    z = embeddings(run)
     weights = {term: getattr(run, w) if isinstance(w, str) else w for term, w in terms.items()}
     transport = {"k": run.k, "which": run.anchors, "shift": run.shift == "min", "eps": run.eps}
     transport["debias"] = run.ot == "debiased"
@@ -553,12 +557,13 @@ def student(run, method):
 
     # Teachers know their training rows by heart. What each loses more on the rows that chose its
     # epoch, "corrected" adds to its losses. Source: ours.
-    correction = torch.zeros(len(columns))
+    correction = 0
     if run.teacher_choice == "corrected":
-        for rows, sign in ((run.choose, 1), (run.train, -1)):
-            said = predict(run, teacher_net, z, rows)[1][:, columns]
-            correction += sign * losses_of(said, run.data.label[rows])
-    correction = correction.to(run.device)
+        unseen, known = (
+            losses_of(predict(run, teacher_net, z, rows)[1][:, columns], run.data.label[rows])
+            for rows in (run.choose, run.train)
+        )
+        correction = (unseen - known).to(run.device)
 
     # Its loss on a batch: pick the teacher, then add up the terms.
     def loss_of(rows, label, z_s, prediction):
@@ -758,7 +763,7 @@ def train_all(args):
             run.seed, run.number, run.data = seed, number, data
             run.train, run.choose, run.val, run.about = train, choose, val, {**about, "val": val}
             label = data.label[val].view(len(val), -1)[:, 0]
-            run.shown = val[label.argsort(stable=True)][:: 1 + len(val) // 240]  # in a picture
+            run.shown = label.argsort(stable=True)[:: 1 + len(val) // 240]  # of val, in a picture
             run.folder = args.out / (f"seed{seed}" if args.seeds > 1 else "") / f"fold{number}"
             if min(len(train), len(choose), len(val), args.batch_size) < 2 * COUNT:
                 refuse(f"fold {number} or a batch has too few rows for {COUNT} processes")
@@ -772,8 +777,10 @@ def train_all(args):
                 teachers(run)
             if args.stage in ("all", "align"):
                 align(run)
-            for method in args.method if args.stage in ("all", "student") else ():
-                student(run, method)
+            if args.stage in ("all", "student"):
+                z = embeddings(run)  # once, as they are large
+                for method in args.method:
+                    student(run, method, z)
     if RANK == 0:
         report(args, data, runs)
 
