@@ -369,7 +369,11 @@ def biovid(
 
     Source: released code.
     """
-    root, levels, clips = Path(root), list(dict.fromkeys(levels)), []
+    root, levels, clips = Path(root), list(levels), []
+    for level in levels:
+        if level not in BIOVID_LEVELS or levels.count(level) > 1:
+            known = ",".join(BIOVID_LEVELS)
+            raise DataError(f"argument --levels: {level} is twice there or not one of {known}")
     _check_folders(root, ["frames"] + ["biosignals_filtered"] * need_privileged)
     for level in levels if need_label else ["*"]:
         found = [(clip, level) for clip in root.glob(f"frames/*/*-{level}-*")]

@@ -224,6 +224,12 @@ def test_mistakes_are_named(tmp_path, pattern, content, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("level", ["PA9", "BL1", "PA*"])  # unknown, twice there, a pattern
+def test_a_wrong_level_is_named(tmp_path, level):
+    with pytest.raises(DataError, match=f"--levels: {re.escape(level)} .*BL1,PA1,PA2,PA3,PA4$"):
+        biovid(biovid_tree(tmp_path, people=1, clips=1), levels=["BL1", level])
+
+
 def test_biovid_is_classes_people_and_evenly_spread_frames(tmp_path):
     root = biovid_tree(tmp_path, people=3)
     data = biovid(root)
