@@ -26,8 +26,8 @@ from scipy.signal import resample_poly, spectrogram
 from torch.utils.data import DataLoader, Dataset
 
 AFFECT = ["valence", "arousal"]
-BIOVID_LEVELS = ("BL1", "PA1", "PA2", "PA3", "PA4")
-BIOVID_SIGNALS = ("gsr", "ecg", "emg_trapezius", "emg_corrugator", "emg_zygomaticus")
+BIOVID_LEVELS = ["BL1", "PA4"]  # the classes, of BL1 (no pain) and PA1 to PA4
+BIOVID_SIGNAL = "emg_corrugator"  # or gsr, ecg, emg_trapezius, emg_zygomaticus
 KEYS = {  # of a .npz file: its number of dimensions and numpy's kind, as a pattern and in words
     "visual": ("[1-9][biuf]", "(N, ...) numbers"),
     "privileged": ("[1-9][biuf]", "(N, ...) numbers"),
@@ -82,7 +82,7 @@ def load(args, need_privileged=True, need_label=True, progress=iter):
     root = args.data or f"data/{args.dataset}"
     if args.dataset == "affwild2":
         return affwild2(root, *needs, args.clip_stride, args.workers, progress)
-    return biovid(root, *needs, args.levels, args.signal)
+    return biovid(root, *needs)
 
 
 @np.errstate(over="ignore")  # what becomes infinite is refused
@@ -359,21 +359,15 @@ def _valence_arousal(path):
     return values
 
 
-def biovid(
-    root, need_privileged=True, need_label=True, levels=("BL1", "PA4"), signal="emg_corrugator"
-):
-    """BioVid Part A: a class for each of `levels`, a group for each person. Below root:
+def biovid(root, need_privileged=True, need_label=True):
+    """BioVid Part A: a class for each of BIOVID_LEVELS, a group for each person. Below root:
 
     frames/SUBJECT/CLIP/img_00001.jpg ...       10 are taken, evenly spread
     biosignals_filtered/SUBJECT/CLIP_bio.csv    for each CLIP, which is SUBJECT-LEVEL-NUMBER
 
     Source: released code.
     """
-    root, levels, clips = Path(root), list(levels), []
-    for level in levels:
-        if level not in BIOVID_LEVELS or levels.count(level) > 1:
-            known = ",".join(BIOVID_LEVELS)
-            raise DataError(f"argument --levels: {level} is twice there or not one of {known}")
+    root, levels, clips = Path(root), BIOVID_LEVELS, []
     _check_folders(root, ["frames"] + ["biosignals_filtered"] * need_privileged)
     for level in levels if need_label else ["*"]:
         found = [(clip, level) for clip in root.glob(f"frames/*/*-{level}-*")]
@@ -388,7 +382,7 @@ def biovid(
     people, of = [clip.parent.name for clip in clips], np.arange(len(clips))
     visual = Frames(clips, of, (3, 10, 112, 112), prefix="img_", frames=frames, whole=True)
     files = [root / f"biosignals_filtered/{clip.parent.name}/{clip.name}_bio.csv" for clip in clips]
-    privileged = Signals(files, of, (1, 65, 127), signal=signal) if need_privileged else None
+    privileged = Signals(files, of, (1, 65, 127), signal=BIOVID_SIGNAL) if need_privileged else None
     label = torch.tensor([levels.index(level) for level in label]) if need_label else None
     group = np.unique(people, return_inverse=True)[1]
     return TwoView(visual, privileged, label, levels, group, split=None)
@@ -416,7 +410,7 @@ def folds(data, k=None, seed=0, train_rows=None, set_aside=False):
         train, val = np.flatnonzero(fold_of != i), np.flatnonzero(fold_of == i)
         if (train_rows or 0) > len(train):
             raise DataError(f"argument --train-rows: fold {i} has only {len(train)}")
-        train, choose = np.sort(draw(train)[:train_rows]), val
+        train, choose = np.sort(draw(train)[: train_rows or None]), val
         if set_aside:
             people = draw(np.unique(person[train]))
             aside = np.isin(person[train], people[: max(1, len(people) // 5)])

@@ -89,13 +89,14 @@ class Residual18(nn.Module):
     """Both 18-layer networks: four stages of two blocks, the mean over positions, a linear layer.
 
     The first stage is `width` wide, 64 at full size; each later one doubles that and halves the
-    resolution. Initial weights are torchvision's (He et al., fan out). With `bfloat16` it computes
-    in that type by autocast, and gives float32.
+    resolution. Initial weights are torchvision's (He et al., fan out). With `amp` "on", or "auto"
+    and a GPU that has it, it computes in bfloat16 by autocast, and gives float32.
     """
 
-    def __init__(self, block, dim, width, bfloat16):
+    def __init__(self, block, dim, width, amp):
         super().__init__()
-        self.bfloat16 = bfloat16
+        has_it = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+        self.bfloat16 = amp == "on" or (amp == "auto" and has_it)
         for stage, stride in enumerate((1, 2, 2, 2)):
             inputs, outputs = width * 2 ** max(stage - 1, 0), width * 2**stage
             layer = nn.Sequential(block(inputs, outputs, stride), block(outputs, outputs, 1))
@@ -116,8 +117,8 @@ class Residual18(nn.Module):
 class ResNet18(Residual18):
     """Spectrogram (B, channels, H, W) -> (B, dim). Source: released code; He et al. (2016)."""
 
-    def __init__(self, dim=DIM, width=64, bfloat16=False, channels=1):
-        super().__init__(ResidualBlock, dim, width, bfloat16)
+    def __init__(self, dim=DIM, width=64, amp="off", channels=1):
+        super().__init__(ResidualBlock, dim, width, amp)
         self.conv1 = nn.Conv2d(channels, width, 7, 2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.initialise()
@@ -132,8 +133,8 @@ class R3D18(Residual18):
     Bytes are scaled to 0..1 and normalised as ImageNet's images are; floats are taken as they are.
     """
 
-    def __init__(self, dim=DIM, width=64, bfloat16=False):
-        super().__init__(ResidualBlock3d, dim, width, bfloat16)
+    def __init__(self, dim=DIM, width=64, amp="off"):
+        super().__init__(ResidualBlock3d, dim, width, amp)
         conv = nn.Conv3d(3, width, (3, 7, 7), (1, 2, 2), padding=(1, 3, 3), bias=False)
         self.stem = nn.Sequential(conv, nn.BatchNorm3d(width), nn.ReLU())
         imagenet = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1, 1)
@@ -161,11 +162,11 @@ def load_published(network, published):
     network.load_state_dict(published)
 
 
-def backbone(shape, dim=DIM, width=64, bfloat16=False, dropout=0.0):
+def backbone(shape, dim=DIM, width=64, amp="off", dropout=0.0):
     """An untrained backbone for a vector (F,), a clip (3, T, H, W) or a spectrogram (1, H, W)."""
     if len(shape) == 1:
         return Encoder(shape[0], dim, dropout)
-    return R3D18(dim, width, bfloat16) if len(shape) == 4 else ResNet18(dim, width, bfloat16)
+    return R3D18(dim, width, amp) if len(shape) == 4 else ResNet18(dim, width, amp)
 
 
 # ---- parts of teachers and student --------------------------------------------------------------
@@ -191,14 +192,18 @@ class Adapter(nn.Sequential):
 
 
 class TNet(nn.Sequential):
-    """Visual embedding (..., D) -> hallucinated privileged one (..., D). Source: released code.
+    """Visual embedding z_v (..., D) -> z_v, hallucinated privileged one (..., D).
 
     An autoencoder without activations, at D = 512 of 512-2048-1024-512-256-512-1024-2048-512.
+    Source: released code.
     """
 
     def __init__(self, dim=DIM):
         widths = [dim, 4 * dim, 2 * dim, dim, dim // 2, dim, 2 * dim, 4 * dim, dim]
         super().__init__(*(nn.Linear(before, after) for before, after in zip(widths, widths[1:])))
+
+    def forward(self, z_v):
+        return z_v, super().forward(z_v)
 
     @torch.no_grad()
     def composed(self):
@@ -302,8 +307,8 @@ def load_student(saved):
     as bytes. It gives z_s (B, D) and predictions (B, K): logits of the classes saved["names"], or
     values of the columns of those names. Raises KeyError or RuntimeError on another network's file.
     """
-    dim, outputs = saved["dim"], len(saved["names"])
-    encoder = backbone(saved["input_shape"], dim, saved["width"])
+    dim, outputs = saved["origin"]["dim"], len(saved["names"])
+    encoder = backbone(saved["input_shape"], dim, saved["origin"]["width"])
     network = Student(encoder, nn.Linear(dim, dim), Fusion(dim, outputs))
     if "head.weight" in saved["weights"]:  # of the student that is the visual network alone
         network = Single(encoder, nn.Linear(dim, outputs))

@@ -4,10 +4,11 @@ Plain functions of tensors, in the order in which the three stages need them. B 
 D numbers in an embedding, K outputs. z_j is the joint teacher's embedding, z_t that of the teacher
 chosen for the batch, z_s the student's; S(z) holds the cosine similarities of the rows of z, B x B.
 
-    stage 1, teachers   task_loss (ccc, cross-entropy)   tnet_loss (mmd)
+    stage 1, teachers   task_loss (ccc, cross-entropy)   tnet_loss
     stage 2, align      alignment_loss   align_stage_loss
     stage 3, student    choose_teacher  similarity  anchors  ot_loss  centroid_loss  student_loss
     baselines           relational  logit_distillation
+    METHODS             all students: which teachers each may follow, and what its loss is made of
 
 Each docstring names its source: the paper's abstract, the authors' released code, or our choice.
 """
@@ -46,28 +47,13 @@ def task_loss(prediction, label):
     return F.cross_entropy(prediction, label)
 
 
-def mmd(x, y, kernels=5):
-    """Squared maximum mean discrepancy of two samples (B, D), by several Gaussian kernels; >= 0.
+def tnet_loss(hallucinated, z_p):
+    """Mean squared error of T-Net's output, (B, D) each -> scalar.
 
-    Bandwidths double from one kernel to the next. The middle one is the mean squared distance in
-    the pooled sample, through which no gradient flows. Source: released code.
+    Source: released code, which also has a maximum mean discrepancy (MMD). That compares two clouds
+    and forgets which row belongs to which.
     """
-    z = torch.cat([x, y])
-    squared = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist") ** 2
-    bandwidth = squared.detach().sum() / (len(z) ** 2 - len(z))
-    bandwidth = bandwidth.clamp_min(torch.finfo(z.dtype).tiny)
-    bandwidths = [bandwidth * 2.0 ** (i - kernels // 2) for i in range(kernels)]
-    kernel = sum(torch.exp(-squared / bandwidth) for bandwidth in bandwidths)
-    n = len(x)
-    return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()
-
-
-def tnet_loss(hallucinated, z_p, kind="mse"):
-    """Distance of T-Net's output to the privileged embedding, (B, D) each; kind is "mse" or "mmd".
-
-    MMD compares two clouds and forgets which row belongs to which. Source: released code has both.
-    """
-    return F.mse_loss(hallucinated, z_p) if kind == "mse" else mmd(hallucinated, z_p)
+    return F.mse_loss(hallucinated, z_p)
 
 
 # ---- stage 2: alignment -------------------------------------------------------------------------
@@ -208,3 +194,25 @@ def logit_distillation(prediction, prediction_t, label, temperature=4.0):
         return F.mse_loss(prediction, prediction_t)
     student, teacher = (F.log_softmax(p / temperature, -1) for p in (prediction, prediction_t))
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+# ---- all students -------------------------------------------------------------------------------
+
+JOINT = TEACHERS[:1]
+STRUCTURE = {"task": 0.8, "ot": "w_ot", "centroid": "w_centroid"}
+METHODS = {
+    # student: (teachers aligned, those to choose among, {term of its loss: weight, or its option})
+    "mtpkdot": (True, TEACHERS, STRUCTURE),
+    "mtpkdot-unaligned": (False, TEACHERS, STRUCTURE),
+    "mtpkdot-no-centroid": (True, TEACHERS, {"task": 0.8, "ot": "w_ot"}),
+    "mtpkdot-joint": (True, JOINT, STRUCTURE),
+    "mtpkdot-visual": (True, ["adapted_visual"], STRUCTURE),
+    "mtpkdot-privileged": (True, ["adapted_privileged"], STRUCTURE),
+    "pkdot": (False, JOINT, {"task": 1, "ot": 0.6}),
+    "mse": (False, JOINT, {"task": 1, "mse": 1}),
+    "cosine": (False, JOINT, {"task": 1, "cosine": 1}),
+    "rkd": (False, JOINT, {"task": 1, "rkd": 1}),
+    "kd": (False, JOINT, {"task": 1, "kd": 1}),
+    "task": (False, JOINT, {"task": 1}),  # the student without distillation
+    "visual": (False, JOINT, {"task": 1}),  # the visual network alone, as long in training
+}
