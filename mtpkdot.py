@@ -7,8 +7,8 @@ chosen for the batch, z_s the student's; S(z) holds the cosine similarities of t
     stage 1, teachers   task_loss (ccc, cross-entropy)   tnet_loss
     stage 2, align      alignment_loss   align_stage_loss
     stage 3, student    choose_teacher  similarity  anchors  ot_loss  centroid_loss  student_loss
+                        METHODS, the table of all students: whom they follow, what they minimise
     baselines           relational  logit_distillation
-    METHODS             all students: which teachers each may follow, and what its loss is made of
 
 Each docstring names its source: the paper's abstract, the authors' released code, or our choice.
 """
@@ -48,11 +48,8 @@ def task_loss(prediction, label):
 
 
 def tnet_loss(hallucinated, z_p):
-    """Mean squared error of T-Net's output, (B, D) each -> scalar.
-
-    Source: released code, which also has a maximum mean discrepancy (MMD). That compares two clouds
-    and forgets which row belongs to which.
-    """
+    """Mean squared error, (B, D) and (B, D) -> scalar. Source: released code, which also has the
+    maximum mean discrepancy (MMD) of the two clouds; that forgets which row belongs to which."""
     return F.mse_loss(hallucinated, z_p)
 
 
@@ -72,12 +69,12 @@ def alignment_loss(adapted_visual, adapted_privileged, z_j):
     return cosine_distance(adapted_visual, z_j) + cosine_distance(adapted_privileged, z_j)
 
 
-def align_stage_loss(align, task_joint, task_visual, task_privileged, w_align=0.5, w_head=0.5):
-    """The alignment, and the task losses of the joint teacher and of both adapted ones; scalars.
+def align_stage_loss(align, task_joint, task_visual, task_privileged):
+    """Half the alignment, and half the task of the joint teacher and of the mean adapted one.
 
-    Source: released code, where both weights are 0.5.
+    All are scalars. Source: released code.
     """
-    return w_align * align + (1 - w_align) * (task_joint + w_head * (task_visual + task_privileged))
+    return 0.5 * align + 0.5 * (task_joint + 0.5 * (task_visual + task_privileged))
 
 
 # ---- stage 3: the student -----------------------------------------------------------------------
@@ -93,11 +90,8 @@ def choose_teacher(losses):
 
 
 def similarity(z):
-    """S(z): cosine similarity of every pair of rows, (B, D) -> (B, B) in [-1, 1].
-
-    A zero row is similar to none. Half types are computed in float32.
-    """
-    z = F.normalize(z.float() if z.dtype in (torch.float16, torch.bfloat16) else z, dim=-1)
+    """S(z): cosine similarity of every pair of rows, (B, D) -> (B, B). Zero is similar to none."""
+    z = F.normalize(z, dim=-1)
     return z @ z.T
 
 
@@ -165,6 +159,26 @@ def student_loss(weights, prediction, label, z_s, z_t, prediction_t, **transport
     return {"loss": sum(weights[name] * term for name, term in terms.items()), **terms}
 
 
+JOINT = TEACHERS[:1]
+STRUCTURE = {"task": 0.8, "ot": "w_ot", "centroid": "w_centroid"}
+METHODS = {
+    # student: (teachers aligned, those to choose among, {term of its loss: weight, or its option})
+    "mtpkdot": (True, TEACHERS, STRUCTURE),
+    "mtpkdot-unaligned": (False, TEACHERS, STRUCTURE),
+    "mtpkdot-no-centroid": (True, TEACHERS, {"task": 0.8, "ot": "w_ot"}),
+    "mtpkdot-joint": (True, JOINT, STRUCTURE),
+    "mtpkdot-visual": (True, ["adapted_visual"], STRUCTURE),
+    "mtpkdot-privileged": (True, ["adapted_privileged"], STRUCTURE),
+    "pkdot": (False, JOINT, {"task": 1, "ot": 0.6}),
+    "mse": (False, JOINT, {"task": 1, "mse": 1}),
+    "cosine": (False, JOINT, {"task": 1, "cosine": 1}),
+    "rkd": (False, JOINT, {"task": 1, "rkd": 1}),
+    "kd": (False, JOINT, {"task": 1, "kd": 1}),
+    "task": (False, JOINT, {"task": 1}),  # the student without distillation
+    "visual": (False, JOINT, {"task": 1}),  # the visual network alone, as long in training
+}
+
+
 # ---- distillations it is compared with ----------------------------------------------------------
 
 
@@ -194,25 +208,3 @@ def logit_distillation(prediction, prediction_t, label, temperature=4.0):
         return F.mse_loss(prediction, prediction_t)
     student, teacher = (F.log_softmax(p / temperature, -1) for p in (prediction, prediction_t))
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-
-
-# ---- all students -------------------------------------------------------------------------------
-
-JOINT = TEACHERS[:1]
-STRUCTURE = {"task": 0.8, "ot": "w_ot", "centroid": "w_centroid"}
-METHODS = {
-    # student: (teachers aligned, those to choose among, {term of its loss: weight, or its option})
-    "mtpkdot": (True, TEACHERS, STRUCTURE),
-    "mtpkdot-unaligned": (False, TEACHERS, STRUCTURE),
-    "mtpkdot-no-centroid": (True, TEACHERS, {"task": 0.8, "ot": "w_ot"}),
-    "mtpkdot-joint": (True, JOINT, STRUCTURE),
-    "mtpkdot-visual": (True, ["adapted_visual"], STRUCTURE),
-    "mtpkdot-privileged": (True, ["adapted_privileged"], STRUCTURE),
-    "pkdot": (False, JOINT, {"task": 1, "ot": 0.6}),
-    "mse": (False, JOINT, {"task": 1, "mse": 1}),
-    "cosine": (False, JOINT, {"task": 1, "cosine": 1}),
-    "rkd": (False, JOINT, {"task": 1, "rkd": 1}),
-    "kd": (False, JOINT, {"task": 1, "kd": 1}),
-    "task": (False, JOINT, {"task": 1}),  # the student without distillation
-    "visual": (False, JOINT, {"task": 1}),  # the visual network alone, as long in training
-}

@@ -12,7 +12,6 @@ Read from top to bottom:
     student     stage 3: a student of mtpkdot.METHODS
     evaluate    a saved student on new data, from its visual view alone
     report      results.json, history.csv, the table
-    main
 
 Views, labels and embeddings of all clips stay on the host. Networks and the batch in hand are on
 the device: `forward` takes a batch there, `predict` brings the outputs back.
@@ -55,10 +54,10 @@ OPTIONS = {
         ("method", "mtpkdot,task,visual", "students of METHODS, with commas, or all"),
         ("out", "", "folder of the run; else runs/DATASET"),
         ("fold", -1, "train this fold only, counted from 0; -1 is all"),
-        ("seeds", 1, "repeat everything with as many seeds, from --seed on"),
-        ("epochs", 0, "of every network, in the place of --updates and --epochs-..."),
+        ("seeds", 1, "how many seeds, from --seed on"),
+        ("epochs", 0, "of every network, in place of --updates and --epochs-..."),
         ("student", "", "eval: file of the student"),
-        ("predictions", "", "eval: .csv file for what it predicts for each clip"),
+        ("predictions", "", "eval: .csv file of what it predicts"),
         ("workers", min(8, os.cpu_count() or 1), "processes that read raw data"),
     ],
     "data": [
@@ -69,19 +68,19 @@ OPTIONS = {
         ("train-rows", 0, "train on as many rows of each fold; 0 is all"),
         ("clip-stride", 1, "affwild2: a clip for every N-th frame"),
         ("batch-size", 128, "clips of a batch, at most"),
-        ("updates", 200, "a network trains for as many updates at the least"),
+        ("updates", 200, "of every network, at the least"),
         ("dim", models.DIM, "size of an embedding, even"),
-        ("width", 64, "of the first stage of both 18-layer networks"),
+        ("width", 64, "of the first stage of 18-layer networks"),
     ],
     "teachers": [
         ("visual-weights", "", "file of published r3d_18 weights to start from"),
         ("privileged-weights", "", "file of published resnet18 weights"),
-        ("epochs-backbone", 30, "at the least, as of the other networks"),
+        ("epochs-backbone", 30, "at the least; see --updates"),
         ("epochs-joint", 30, "of the joint teacher and of T-Net"),
         ("lr-backbone", 1e-3, "learning rate"),
         ("lr-joint", 5e-4, "learning rate"),
         ("lr-tnet", 5e-4, "learning rate"),
-        ("amp", ("auto", "on", "off"), "bfloat16 in 18-layer networks; auto: where the GPU has it"),
+        ("amp", ("auto", "on", "off"), "bfloat16 in 18-layer networks; auto: on new GPUs"),
         ("dropout", 0.25, "of hidden units of vectors, and of embeddings that enter the fusion"),
     ],
     "align": [
@@ -98,7 +97,7 @@ OPTIONS = {
         ("shift", ("none", "min"), "min: similarities less their minimum before OT"),
         ("eps", 0.01, "entropy of OT, in units of its cost"),
         ("ot", ("debiased", "entropic"), "form of OT"),
-        ("w-ot", 0.2, "weight of OT in mtpkdot's loss, beside a task of weight 0.8"),
+        ("w-ot", 0.2, "weight of OT in mtpkdot's loss"),
         ("w-centroid", 0.02, "weight of the centroid in it"),
     ],
 }
@@ -124,7 +123,7 @@ def refuse(message):
 
 def options(argv=None):
     """The arguments, checked and completed."""
-    parser = ArgumentParser(allow_abbrev=False, formatter_class=ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(formatter_class=ArgumentDefaultsHelpFormatter)
     parser.error = refuse
     for title, settings in OPTIONS.items():
         section = parser.add_argument_group(title)
@@ -145,13 +144,13 @@ def options(argv=None):
         least = LEAST.get(name, int(isinstance(value, int)))
         if isinstance(value, (int, float)) and not least <= value < 2**63:
             refuse(f"argument --{name.replace('_', '-')}: {value} is not a number from {least} on")
-    if (args.stage == "eval") != bool(args.student) or (args.predictions and not args.student):
-        refuse("arguments --student, --predictions: they are for --stage eval --student FILE")
+    if not args.student and (args.stage == "eval" or args.predictions):
+        refuse("arguments --stage eval, --predictions: they need a --student")
     args.method = list(METHODS) if args.method == "all" else args.method.split(",")
     if not set(args.method) <= set(METHODS):
-        refuse(f"argument --method: give all, or some of {', '.join(METHODS)}, with commas")
+        refuse(f"argument --method: all, or some of {', '.join(METHODS)}, with commas")
     if args.dim % 2 or max(args.dropout, args.dropout_student) >= 1:
-        refuse("arguments --dim, --dropout, --dropout-student: dim must be even, dropout below 1")
+        refuse("arguments: --dim must be even, --dropout and --dropout-student below 1")
     if args.epochs:
         every = [name for name in vars(args) if name.startswith("epochs_")]
         vars(args).update(dict.fromkeys(every, args.epochs), updates=0)
@@ -165,7 +164,7 @@ def options(argv=None):
 
 
 def origin(run, name):
-    """What a file is made from: the data, and the arguments of its stage and of those before."""
+    """What a file is made from: the data, and the arguments of its stage and of earlier ones."""
     sections = ["data", *STAGES[: STAGES.index(name.partition("_")[0]) + 1]]
     names = [name.replace("-", "_") for section in sections for name, *_ in OPTIONS[section]]
     return {"data": run.content, **{name: getattr(run, name) for name in names}}
@@ -177,7 +176,7 @@ def save(run, name, saved):
     torch.save({**saved, "origin": origin(run, name)}, file)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".tmp").write_bytes(file.getbuffer())
-    os.replace(path.with_suffix(".tmp"), path)
+    path.with_suffix(".tmp").replace(path)
 
 
 def read(path, use=dict):
@@ -225,12 +224,12 @@ def forward(run, network, view, batches):
     view[rows] is read on the host, raw data by --workers processes.
     """
     raw, sampler = not torch.is_tensor(view), [rows.tolist() for rows in batches]
-    how = {"num_workers": run.workers if raw else 0, "pin_memory": raw and DEVICE == "cuda"}
+    how = {"num_workers": run.workers, "pin_memory": DEVICE == "cuda"} if raw else {}
     how["generator"] = torch.Generator()  # so that reading draws nothing from the run's
     for rows, x in zip(batches, DataLoader(view, batch_size=None, sampler=sampler, **how)):
         outputs = network(x.to(DEVICE, non_blocking=True))
-        if not all((t.abs() < 1e15).all() for t in outputs):  # squares are finite; NaN is refused
-            refuse("a network gave NaN or too large outputs; what was saved stays; lower its --lr")
+        if not all((t.abs() < 1e15).all() for t in outputs):  # so that squares are finite
+            refuse("outputs are NaN or too large; what was saved stays; lower an --lr-...")
         yield rows, outputs
 
 
@@ -312,13 +311,13 @@ def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, score
     save(run, name, {**final, "scores": scores_of(run.val)})
 
 
-def single(run, view, name=None, dropout=0.0):
-    """The network of one view, a backbone with a head: of the file `name`, or as it starts."""
+def single(run, view, trained=False, dropout=0.0):
+    """The network of one view, a backbone with a head: of stage 1, or as it starts."""
     source, published = getattr(run.data, view), getattr(run, f"{view}_weights")
     encoder = models.backbone(source.shape[1:], run.dim, run.width, run.amp, dropout)
     network = models.Single(encoder, nn.Linear(run.dim, len(run.data.names)))
-    if name:
-        network.load_state_dict(load(run, name)["weights"])
+    if trained:
+        network.load_state_dict(load(run, f"teachers_{view}")["weights"])
     elif published:
         read(published, lambda weights: models.load_published(encoder, weights))
     elif isinstance(encoder, models.Encoder):
@@ -332,7 +331,7 @@ def embeddings(run):
     if "z" not in saved:
         rows, both = torch.arange(len(run.data.label)), []
         for view in VIEWS:
-            network = single(run, view, f"teachers_{view}")
+            network = single(run, view, trained=True)
             both.append(predict(run, network, getattr(run.data, view), rows)[0])
         saved = {"z": torch.stack(both, dim=1)}
         save(run, "teachers_embeddings", saved)
@@ -408,13 +407,13 @@ def student(run, method, z):
     else:
         teacher_net.joint.load_state_dict(load(run, "teachers_joint")["weights"])
         for view in VIEWS:
-            teacher_net.heads[view] = single(run, view, f"teachers_{view}").head
+            teacher_net.heads[view] = single(run, view, trained=True).head
     teacher_net.to(DEVICE).eval()
     columns = [TEACHERS.index(teacher) for teacher in candidates]
 
     # The student: the visual backbone of stage 1, T-Net, and a fusion of its own.
     seed_everything(run, "student")
-    baseline = single(run, "visual", "teachers_visual", run.dropout_student)
+    baseline = single(run, "visual", trained=True, dropout=run.dropout_student)
     tnet, view = models.TNet(run.dim), run.data.visual
     tnet.load_state_dict(load(run, "teachers_tnet")["weights"])
     fusion = models.Fusion(run.dim, len(run.data.names), run.dropout_student)
@@ -450,7 +449,7 @@ def evaluate(args):
     print(f"{args.student}: {len(rows)} {'validation rows of its own data' if own else 'rows'}")
     prediction = predict(args, network.to(DEVICE), data.visual, rows)[1]
 
-    # A line a clip: its name, the class, if there are classes, and a number for each of `names`.
+    # A line a clip: of classes the best and all probabilities, or the values.
     if args.predictions:
         name_of = str if torch.is_tensor(data.visual) else data.visual.name
         header = ["prediction", *(f"p_{name}" for name in names)] if classes else names
@@ -479,7 +478,7 @@ def report(args, data, runs):
     """Write results.json and history.csv, and print the table, of all that the folder has."""
     reports, history = [], []
     for run in runs:
-        scores = {"students": {}, "teacher_picks": {}}
+        scores = {"seed": run.seed, "fold": run.number, "students": {}, "teacher_picks": {}}
         for name in NETWORKS:
             saved = load(run, name)
             (scores["students"] if "student" in name else scores).update(saved.get("scores", {}))
@@ -488,7 +487,7 @@ def report(args, data, runs):
                 picks = {t: float(np.mean([row[t] for row in saved["history"]])) for t in TEACHERS}
                 scores["teacher_picks"] = picks
         if "visual" in scores:
-            reports.append({"seed": run.seed, "fold": run.number, **scores})
+            reports.append(scores)
 
     result = summary(args, data, reports)
     (args.out / "results.json").write_text(f"{json.dumps(result, indent=2)}\n")
@@ -504,21 +503,20 @@ def merged(reports, statistic):
     """Nested dicts merged into one: the statistic of every number that all of them have."""
     if not isinstance(reports[0], dict):
         return statistic(reports)
-    keys = [key for key in reports[0] if all(key in report for report in reports)]
+    keys = [key for key in reports[0] if all(key in r for r in reports)]
     keys = [key for key in keys if key not in ("seed", "fold")]
-    return {key: merged([report[key] for report in reports], statistic) for key in keys}
+    return {key: merged([r[key] for r in reports], statistic) for key in keys}
 
 
 def summary(args, data, reports):
     """What results.json holds: means and standard errors over the folds or, of several seeds, over
     the seeds; each student's paired differences to task and visual, with 95 % intervals."""
-    units, seeds = reports, dict.fromkeys(report["seed"] for report in reports)
+    units, seeds = reports, sorted({r["seed"] for r in reports})
     if len(seeds) > 1:
         units = [merged([r for r in reports if r["seed"] == seed], np.mean) for seed in seeds]
     metric = "accuracy" if data.task == "classification" else "ccc"
     result = {"dataset": args.dataset, "task": data.task, "metric": metric, "seed": args.seed}
-    result["arguments"] = {k: v for k, v in origin(args, "student").items() if k != "data"}
-    result.update(folds=reports, mean=merged(units, np.mean))
+    result.update(arguments=origin(args, "student"), folds=reports, mean=merged(units, np.mean))
     result["stderr"] = merged(units, lambda v: float(stats.sem(v)) if len(v) > 1 else None)
     students = result["mean"]["students"]
     for other in ("task", "visual"):
@@ -543,10 +541,11 @@ def cell(score, error=None):
 def show(args, data, result):
     """Print the scores, and each student's paired differences."""
     means, errors, picks = result["mean"], result["stderr"], result["mean"]["teacher_picks"]
-    unit = "accuracy in %" if data.task == "classification" else f"CCC of {'/'.join(data.names)}"
-    print(f"\n{unit} ± standard error; differences in points [95 % interval]")
-    for model in [name for name in means if name not in ("tnet", "students", "teacher_picks")]:
-        print(f"{model.replace('_', ' '):<30}{cell(means[model], errors[model])}")
+    what = f"{result['metric']} of {'/'.join(map(str, data.names))}"
+    print(f"\n{what} ± standard error; differences in points [95 % interval]")
+    for model in means:
+        if model not in ("tnet", "students", "teacher_picks"):
+            print(f"{model.replace('_', ' '):<30}{cell(means[model], errors[model])}")
     for method, value in means["students"].items():
         line = f"student {method:<22}{cell(value, errors['students'][method]):<30}"
         for other in ("task", "visual"):
@@ -557,8 +556,8 @@ def show(args, data, result):
         print(line.rstrip())
     if picks:
         shares = (f"{teacher.replace('_', ' ')} {share:.0%}" for teacher, share in picks.items())
-        print(f"Teacher that mtpkdot picked, share of training clips: {', '.join(shares)}.")
-    print(f"Saved in {args.out}: results.json, history.csv, a folder a fold.")
+        print(f"Teachers that mtpkdot picked: {', '.join(shares)}.")
+    print(f"Saved in {args.out}: results.json, history.csv, networks.")
 
 
 def train_all(args):
@@ -600,7 +599,7 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         args = options(argv)
-        evaluate(args) if args.stage == "eval" else train_all(args)
+        evaluate(args) if args.student else train_all(args)
     except KeyboardInterrupt:
         sys.exit("train.py: stopped; the same command goes on from the last epoch")
     except (datasets.DataError, OSError, RuntimeError) as error:
@@ -609,7 +608,7 @@ def main(argv=None):
         if isinstance(error, RuntimeError):
             if "memory" not in str(error):
                 raise
-            text = f"{text}; use a smaller --batch-size, --dim or --width, or fewer --workers"
+            text = f"{text}; use a smaller --batch-size or fewer --workers"
         print(f"train.py: {text}", file=sys.stderr)
         sys.exit(2)
 
