@@ -5,8 +5,6 @@
     Frames, Sounds, Signals   views in files
     affwild2, biovid   the paper's data, as their holders ship them
     folds      TwoView -> rows to train on, to choose epochs by, and to score
-
-What is wrong with the data raises DataError: one line that names the file and, if any, the row.
 """
 
 import contextlib
@@ -26,9 +24,9 @@ from scipy.signal import resample_poly, spectrogram
 from torch.utils.data import DataLoader, Dataset
 
 AFFECT = ["valence", "arousal"]
-BIOVID_LEVELS = ["BL1", "PA4"]  # the classes, of BL1 (no pain) and PA1 to PA4
+BIOVID_LEVELS = ["BL1", "PA4"]  # the classes; there are PA1, PA2 and PA3 too
 BIOVID_SIGNAL = "emg_corrugator"  # or gsr, ecg, emg_trapezius, emg_zygomaticus
-KEYS = {  # of a .npz file: its number of dimensions and numpy's kind, as a pattern and in words
+KEYS = {  # of a .npz file: an array's number of dimensions and kind, as a pattern and in words
     "visual": ("[1-9][biuf]", "(N, ...) numbers"),
     "privileged": ("[1-9][biuf]", "(N, ...) numbers"),
     "label": ("1[biu]|2f", "(N,) integers or (N, K) floats"),
@@ -38,7 +36,7 @@ KEYS = {  # of a .npz file: its number of dimensions and numpy's kind, as a patt
 
 
 class DataError(ValueError):
-    """Something is wrong with the data."""
+    """One line that says what is wrong with the data, in which file and row."""
 
 
 @contextlib.contextmanager
@@ -52,11 +50,8 @@ def reading(path, wrong):
 
 
 class TwoView(NamedTuple):
-    """N clips. Integer labels make a classification, float labels a regression.
-
-    A view has `shape`. view[rows], for a list of B rows, is vectors (B, F) float32, frames
-    (B, 3, T, H, W) uint8 or spectrograms (B, 1, H, W) float32.
-    """
+    """N clips. A view has `shape`; view[rows], for a list of B rows, is vectors (B, F) float32,
+    frames (B, 3, T, H, W) uint8 or spectrograms (B, 1, H, W) float32."""
 
     visual: torch.Tensor | Dataset
     privileged: torch.Tensor | Dataset | None  # None for a student alone
@@ -72,59 +67,55 @@ class TwoView(NamedTuple):
 
 def load(args, need_privileged=True, need_label=True, progress=iter):
     """The TwoView of args.dataset. What is not needed may be missing there."""
-    needs = (need_privileged, need_label)
+    root, needs = Path(args.data or f"data/{args.dataset}"), (need_privileged, need_label)
     if args.dataset == "synthetic":
         if args.data:
             raise DataError("argument --data: synthetic data has no file; which --dataset is it?")
         return synthetic(args.seed)
     if args.dataset == "features":
-        return features(args.data or "argument --data: none", *needs)
-    root = args.data or f"data/{args.dataset}"
+        return features(root, *needs)
     if args.dataset == "affwild2":
         return affwild2(root, *needs, args.clip_stride, args.workers, progress)
     return biovid(root, *needs)
 
 
-@np.errstate(over="ignore")  # what becomes infinite is refused
-def features(path, need_privileged=True, need_label=True):
+@np.errstate(all="ignore")  # what becomes infinite is refused
+def features(path, need_privileged, need_label):
     """Two views of anything, from a .npz file of KEYS, where group and split may be missing."""
     needed = ["visual"] + ["privileged"] * need_privileged + ["label"] * need_label
-    useful = KEYS if need_privileged else ["visual", "label"]
     with reading(path, f"must be a .npz file of plain arrays {', '.join(needed)}"):
         with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in useful if key in needed or key in file.files}
+            arrays = {key: file[key] for key in KEYS if key in needed or key in file.files}
+        count = len(arrays["visual"])
 
-    # Check each array, and turn numbers to vectors (N, F).
-    count = len(np.atleast_1d(arrays["visual"]))
+    # Check each array, and make vectors (N, F) of numbers.
     for key, array in arrays.items():
         pattern, words = KEYS[key]
         form = re.fullmatch(pattern, f"{array.ndim}{array.dtype.kind}")
         if not form or array.size == 0 or len(array) != count:
-            words = f"{words}, N = {count}, not {array.dtype} {array.shape}"
-            raise DataError(f"{path}: {key} must be {words}")
+            wrong = f"not {array.dtype} {array.shape}"
+            raise DataError(f"{path}: {key} must be {words}, N = {count}, {wrong}")
         if key in ("visual", "privileged") or array.ndim == 2:
             values = torch.from_numpy(array.astype(np.float32).reshape(count, -1))
             bad = ~values.isfinite().all(1)
-            _refuse_rows(bad, f"{path}: {key}", "holds NaN or too large values; mend it")
+            _refuse_rows(bad, f"{path}: {key}", "holds NaN or too large values")
             arrays[key] = values
 
     # Number the classes and the people.
-    label, group, split = (arrays.get(key) for key in ("label", "group", "split"))
+    visual, privileged, label, group, split = map(arrays.get, KEYS)
     names = AFFECT
     if label is not None and label.ndim == 1:
         names, label = np.unique(label, return_inverse=True)
         names, label = names.tolist(), torch.from_numpy(label)
-    elif label is not None:
-        names = AFFECT if label.shape[1] == 2 else [str(i) for i in range(label.shape[1])]
-        if label.abs().max() > 10 or label.std(0).min() < 0.01:
-            warnings.warn(f"{path}: label: scale it to about [-1, 1], or it is hardly learnt")
+    elif label is not None and label.shape[1] != 2:
+        names = [str(i) for i in range(label.shape[1])]
     if group is not None:
         group = np.unique(group, return_inverse=True)[1]
     if split is not None:
         bad = ~np.isin(split, ["train", "val"])
-        _refuse_rows(bad, f"{path}: split", 'holds neither "train" nor "val"; mend it')
+        _refuse_rows(bad, f"{path}: split", 'holds neither "train" nor "val"')
         split = split == "train"
-    return TwoView(arrays["visual"], arrays.get("privileged"), label, names, group, split)
+    return TwoView(visual, privileged, label, names, group, split)
 
 
 def _refuse_rows(bad, place, what):
@@ -132,11 +123,11 @@ def _refuse_rows(bad, place, what):
         raise DataError(f"{place} row {row} {what}")
 
 
-def synthetic(seed=0, people=60, clips=24, size=24):
+def synthetic(seed, people=60, clips=24, size=24):
     """A problem like Aff-Wild2, drawn in memory. Source: ours; it says nothing about real faces.
 
-    Valence and arousal wander from clip to clip. Faces are (N, 3, 2, size, size) uint8, voices
-    (N, 1, size, size) float32, with less noise.
+    Valence and arousal wander from clip to clip. Faces are (N, 3, 2, size, size) uint8; voices,
+    with less noise, (N, 1, size, size) float32.
     """
     normal = functools.partial(torch.randn, generator=torch.Generator().manual_seed(seed))
     group, count = np.repeat(np.arange(people), clips), people * clips
@@ -162,41 +153,35 @@ def synthetic(seed=0, people=60, clips=24, size=24):
 
 
 class RawView(Dataset):
-    """A view (N, *size) that reads clip(files[of[i]], i) for each row i of a batch."""
+    """A view (N, *size) that reads clip(files[i], i) for each row i of a batch."""
 
-    def __init__(self, files, of, size, **about):
-        self.files, self.of, self.shape = files, of, (len(of), *size)
-        self.places = [[file.name for file in files], of, *about.values()]
+    def __init__(self, files, size, **about):
+        self.files, self.shape = files, (len(files), *size)
+        names = np.array([file.name for file in files])
+        self.digest = digest(names, *about.values())  # the same wherever the files lie
         vars(self).update(about)  # what clip needs
 
     def __len__(self):
-        return self.shape[0]
+        return len(self.files)
 
     def __getitem__(self, rows):
-        return torch.stack([self.clip(self.files[self.of[row]], row) for row in rows])
-
-
-def _finite(path, values):
-    if not values.isfinite().all():
-        raise DataError(f"{path}: holds NaN or too large values")
-    return values
+        return torch.stack([self.clip(self.files[row], row) for row in rows])
 
 
 class Frames(RawView):
-    """Clips of T face frames, (N, 3, T, 112, 112) uint8, from files prefix00001.jpg ...
+    """Clips of T face frames, (N, 3, T, 112, 112) uint8, from files FOLDER/prefix00001.jpg ...
 
-    Of frames[i], the numbers of those of clip i, T are taken, evenly spread. Where each folder is
-    one clip, `whole`, these are all its frames.
+    T of the numbers frames[i] are taken, evenly spread. `whole`: each folder is one clip.
     """
 
     def name(self, row):
-        """FOLDER, where it is a clip, or FOLDER/NUMBER of the last frame."""
-        folder = self.files[self.of[row]].name
+        """FOLDER, where it is one clip, or FOLDER/NUMBER of the last frame."""
+        folder = self.files[row].name
         return folder if self.whole else f"{folder}/{self.frames[row][-1]:05d}"
 
     def drawn(self, seed):
-        """The view for an epoch of training: where a folder is a clip, two neighbours from a random
-        place in each of T / 2 equal segments. Source: released code."""
+        """The view for an epoch of training: where a folder is one clip, two neighbours from a
+        random place in each of T / 2 equal segments. Source: released code."""
         if not self.whole:
             return self
         view, pairs, random = copy.copy(self), self.shape[2] // 2, np.random.default_rng(seed)
@@ -222,14 +207,14 @@ class Frames(RawView):
 class Sounds(RawView):
     """Log-mel spectrograms (N, 1, 64, 107) float32 of the sound before a moment, in steps of 10 ms.
 
-    Clip i is a slice of the spectrogram of a whole file, up to the fraction end[i] of it. They are
-    made here, by so many `workers`; `progress` goes round the loop.
+    That of a file is computed once; clip i is a slice of it, up to the fraction end[i].
     """
 
-    def __init__(self, files, of, end, workers=0, progress=iter):
-        super().__init__(files, of, (1, 64, 107), end=end)
-        paths, how = list(dict.fromkeys(files)), {"batch_size": None, "num_workers": workers}
-        self.mels = dict(zip(paths, progress(DataLoader(paths, collate_fn=_log_mel_of, **how))))
+    def __init__(self, files, end, workers, progress):
+        super().__init__(files, (1, 64, 107), end=end)
+        paths = list(dict.fromkeys(files))
+        mels = DataLoader(paths, batch_size=None, num_workers=workers, collate_fn=_log_mel_of)
+        self.mels = dict(zip(paths, progress(mels)))
 
     def clip(self, path, row):
         mel = self.mels[path]
@@ -237,28 +222,15 @@ class Sounds(RawView):
         return torch.from_numpy(mel[None, :, start : start + 107]).float()
 
 
-@np.errstate(all="ignore")
 def _log_mel_of(path):
-    """The log_mel of a wav file, (64, steps) float16, after as much silence as a clip can need."""
-    with reading(path, "must be a wav file, made as README says"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", wavfile.WavFileWarning)  # metadata, which ffmpeg writes
+    """The log_mel of a wav file, with a clip of silence before it, (64, steps) float16."""
+    with reading(path, "must be a wav file of 16 bits, made as README says"):
         rate, samples = wavfile.read(path, mmap=True)  # which refuses a file cut short
-        if len(samples) == 0 or not 1_000 <= rate <= 400_000:
-            raise ValueError(f"{len(samples)} samples at {rate} Hz")
-    sound = samples.reshape(len(samples), -1).mean(axis=1, dtype=np.float32)
-    if samples.dtype.kind in "iu":  # 8 bits are unsigned
-        sound = sound / 2.0 ** (8 * samples.itemsize - 1) - (samples.dtype.kind == "u")
-    sound = np.pad(resample_poly(sound, 44_100, rate), (106 * 441, 0))
-    return _finite(path, log_mel(torch.from_numpy(sound))).numpy()
-
-
-@functools.cache  # every file needs them
-def mel_filters():
-    """Triangles (64, 513), evenly spaced on the mel scale 2595 log10(1 + f / 700)."""
-    corners = 700 * (10 ** np.linspace(0, math.log10(1 + 22_050 / 700), 66) - 1)
-    frequencies = np.linspace(0, 22_050, 513)
-    filters = [np.interp(frequencies, corners, peak) for peak in np.eye(66)[1:-1]]
-    return torch.from_numpy(np.stack(filters)).float()
+        if samples.dtype != np.int16 or not 1_000 <= rate <= 400_000:
+            raise ValueError(f"{samples.dtype} at {rate} Hz")
+        mono = samples.reshape(len(samples), -1).mean(axis=1, dtype=np.float32) / 2**15
+        sound = np.pad(resample_poly(mono, 44_100, rate), (106 * 441, 0))
+    return log_mel(torch.from_numpy(sound)).numpy()
 
 
 def log_mel(sound):
@@ -267,9 +239,15 @@ def log_mel(sound):
     Window of 20 ms, hop of 10 ms, 64 mel bands, decibels, (x + 14.8) / 19.895. Source: the lab's
     Aff-Wild2 code; float16 is ours: an hour takes 46 MB.
     """
+    # Triangles (64, 513), evenly spaced on the mel scale 2595 log10(1 + f / 700).
+    corners = 700 * (10 ** np.linspace(0, math.log10(1 + 22_050 / 700), 66) - 1)
+    frequencies = np.linspace(0, 22_050, 513)
+    filters = [np.interp(frequencies, corners, peak) for peak in np.eye(66)[1:-1]]
+
     how = {"window": torch.hann_window(882), "return_complex": True, "pad_mode": "constant"}
-    power = mel_filters() @ torch.stft(sound.float(), 1024, 441, 882, **how).abs() ** 2
-    return ((10 * power.clamp_min(1e-10).log10() + 14.8) / 19.895).half()
+    power = torch.stft(sound.float(), 1024, 441, 882, **how).abs() ** 2
+    mel = torch.from_numpy(np.stack(filters)).float() @ power
+    return ((10 * mel.clamp_min(1e-10).log10() + 14.8) / 19.895).half()
 
 
 class Signals(RawView):
@@ -278,36 +256,29 @@ class Signals(RawView):
     It is the column `signal` of a file, tab separated, 512 Hz. Source: released code.
     """
 
-    @np.errstate(all="ignore")
     def clip(self, path, row):
-        with reading(path, f"needs a column {self.signal} of 2560 numbers (5 s)"):
+        with reading(path, f"needs a column {self.signal} of 2560 finite numbers (5 s)"):
             header, *lines = path.read_text().splitlines()
             column = header.split().index(self.signal)
             values = [float(line.split("\t")[column]) for line in lines[1024:2560]]
-            if len(values) < 1536:
-                raise ValueError(f"it has {len(lines)}")
-        power = spectrogram(np.array(values), 512, nperseg=16, noverlap=4, nfft=128)[2]
-        return _finite(path, torch.from_numpy(power).float().unsqueeze(0))
+            power = spectrogram(np.array(values), 512, nperseg=16, noverlap=4, nfft=128)[2]
+            power = torch.from_numpy(power[None]).float()
+            if power.shape != self.shape[1:] or not power.isfinite().all():
+                raise ValueError(f"it has {len(lines)} rows")
+        return power
 
 
-def affwild2(root, need_privileged=True, need_label=True, stride=1, workers=0, progress=iter):
-    """Aff-Wild2's valence-arousal challenge, with its own split. Below root:
-
-    annotations/Train_Set/VIDEO.txt, annotations/Validation_Set/VIDEO.txt   valence,arousal a frame
-    cropped_aligned/VIDEO/00001.jpg ...    frames without a face are missing
-    audio/VIDEO.wav                        VIDEO without _left or _right
+def affwild2(root, need_privileged, need_label, stride, workers, progress):
+    """Aff-Wild2's valence-arousal challenge, with its own split, in the folders that README shows.
 
     A clip for every `stride`-th annotated frame with a face: 8 frames, every 4th of the 32 that end
-    there, and the 1.07 s of sound before. Source: the lab's Aff-Wild2 code. For a frame without a
-    face stands the last before it that has one, or the first there is (ours). workers, progress: of
-    Sounds.
+    there, and the 1.07 s of sound before. Source: the lab's Aff-Wild2 code. A frame without a face
+    has no file: the last before it that has one takes its place, or the first there is (ours).
     """
-    root = Path(root)
-    parts = ["annotations/Train_Set", "annotations/Validation_Set"] * need_label
-    _check_folders(root, [*parts, "cropped_aligned"] + ["audio"] * need_privileged)
-    patterns = [f"{part}/*.txt" for part in parts] or ["cropped_aligned/*/"]
-    files = [file for pattern in patterns for file in sorted(root.glob(pattern))]
     videos = []
+    files = [] if need_label else _found(root, "cropped_aligned/*/")
+    for part in ["Train_Set", "Validation_Set"] * need_label:
+        files += _found(root, f"annotations/{part}/*.txt")
     for file in files:
         name = file.name.removesuffix(".txt")
         folder = root / "cropped_aligned" / name
@@ -321,24 +292,25 @@ def affwild2(root, need_privileged=True, need_label=True, stride=1, workers=0, p
             continue
         before = np.searchsorted(present, ends[:, None] - np.arange(28, -1, -4), side="right") - 1
         frames, training = present[before.clip(min=0)], file.parent.name == "Train_Set"
-        videos.append((folder, sound, training, frames, ends / len(label), label[ends - 1]))
+        same = [[value] * len(ends) for value in (folder, sound, training)]  # for all clips
+        videos.append((*same, frames, ends / len(label), label[ends - 1]))
     if not videos:
         raise DataError(f"{root}: no annotated frame with a face in any video")
 
-    folders, sounds, training, *arrays = zip(*videos)
-    of = np.repeat(np.arange(len(videos)), [len(frames) for frames in arrays[0]])
-    frames, ends, label = map(np.concatenate, arrays)
-    people = np.unique([path.name for path in sounds], return_inverse=True)[1]  # _left with _right
-    visual = Frames(folders, of, (3, 8, 112, 112), prefix="", frames=frames, whole=False)
-    privileged = Sounds(sounds, of, ends, workers, progress) if need_privileged else None
+    folders, sounds, split, frames, ends, label = map(np.concatenate, zip(*videos))
+    group = np.unique([path.name for path in sounds], return_inverse=True)[1]  # _left with _right
+    visual = Frames(folders, (3, 8, 112, 112), prefix="", frames=frames, whole=False)
+    privileged = Sounds(sounds, ends, workers, progress) if need_privileged else None
     label = torch.from_numpy(label).float() if need_label else None
-    return TwoView(visual, privileged, label, AFFECT, people[of], np.array(training)[of])
+    return TwoView(visual, privileged, label, AFFECT, group, split)
 
 
-def _check_folders(root, wanted):
-    for folder in wanted:
-        if not (root / folder).is_dir():
-            raise DataError(f"{root}: no folder {folder}; it needs {', '.join(wanted)}")
+def _found(root, pattern):
+    """The paths below root that match, sorted. There must be one."""
+    paths = sorted(root.glob(pattern))
+    if not paths:
+        raise DataError(f"{root}: no {pattern} in it")
+    return paths
 
 
 def _frame_numbers(folder, prefix):
@@ -350,8 +322,8 @@ def _frame_numbers(folder, prefix):
 def _valence_arousal(path):
     """(frames, 2) of an annotation file."""
     with reading(path, 'must be "valence,arousal", then two numbers a line in [-1, 1], or -5'):
-        header, *lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
-        lines = [line or "-" for line in lines or [""]]  # numpy would leave out empty ones
+        header, *lines = path.read_text().rstrip().splitlines()
+        lines = [line or "-" for line in lines]  # numpy would leave out empty ones
         values = np.loadtxt(lines, delimiter=",", comments=None, ndmin=2)
         bad = ~((abs(values) <= 1) | (values == -5)).all(axis=1)
         if header != "valence,arousal" or values.shape[1] != 2 or bad.any():
@@ -359,56 +331,47 @@ def _valence_arousal(path):
     return values
 
 
-def biovid(root, need_privileged=True, need_label=True):
-    """BioVid Part A: a class for each of BIOVID_LEVELS, a group for each person. Below root:
+def biovid(root, need_privileged, need_label):
+    """BioVid Part A: a class for each of BIOVID_LEVELS, a group for each person.
 
-    frames/SUBJECT/CLIP/img_00001.jpg ...       10 are taken, evenly spread
-    biosignals_filtered/SUBJECT/CLIP_bio.csv    for each CLIP, which is SUBJECT-LEVEL-NUMBER
-
-    Source: released code.
+    In README's folders a CLIP, which is named SUBJECT-LEVEL-NUMBER, has frames, of which 10 are
+    taken, and a signal. Source: released code.
     """
-    root, levels, clips = Path(root), BIOVID_LEVELS, []
-    _check_folders(root, ["frames"] + ["biosignals_filtered"] * need_privileged)
-    for level in levels if need_label else ["*"]:
-        found = [(clip, level) for clip in root.glob(f"frames/*/*-{level}-*")]
-        if not found:
-            raise DataError(f"{root}/frames: no clip SUBJECT/SUBJECT-{level}-NUMBER in it")
-        clips += found
+    clips = []
+    for label, level in enumerate(BIOVID_LEVELS) if need_label else [(None, "*")]:
+        clips += [(clip, label) for clip in _found(root, f"frames/*/*-{level}-*")]
     clips, label = zip(*sorted(clips))
     frames = [_frame_numbers(clip, "img_") for clip in clips]
     for clip, numbers in zip(clips, frames):
         if len(numbers) == 0:
             raise DataError(f"{clip}: no img_00001.jpg; extract its frames or remove it")
-    people, of = [clip.parent.name for clip in clips], np.arange(len(clips))
-    visual = Frames(clips, of, (3, 10, 112, 112), prefix="img_", frames=frames, whole=True)
+    visual = Frames(clips, (3, 10, 112, 112), prefix="img_", frames=frames, whole=True)
     files = [root / f"biosignals_filtered/{clip.parent.name}/{clip.name}_bio.csv" for clip in clips]
-    privileged = Signals(files, of, (1, 65, 127), signal=BIOVID_SIGNAL) if need_privileged else None
-    label = torch.tensor([levels.index(level) for level in label]) if need_label else None
-    group = np.unique(people, return_inverse=True)[1]
-    return TwoView(visual, privileged, label, levels, group, split=None)
+    privileged = Signals(files, (1, 65, 127), signal=BIOVID_SIGNAL) if need_privileged else None
+    label = torch.tensor(label) if need_label else None
+    group = np.unique([clip.parent.name for clip in clips], return_inverse=True)[1]
+    return TwoView(visual, privileged, label, BIOVID_LEVELS, group, split=None)
 
 
-def folds(data, k=None, seed=0, train_rows=None, set_aside=False):
+def folds(data, k=0, seed=0, train_rows=0, set_aside=False):
     """List of (rows to train on, to choose epochs by, to score), LongTensors in increasing order.
 
-    The data's own split, if it has one and k is None, or k folds. Nobody is both trained on and
-    scored (ours; the released code splits by clip). train_rows are drawn from the training part.
-    set_aside takes a fifth of its people to choose by; else the scored rows do (the paper).
+    k folds, or of 0 the data's own split, or 5 if it has none. Nobody is both trained on and scored
+    (ours; the released code splits by clip). train_rows, or of 0 all, are drawn from the training
+    part. set_aside takes a fifth of its people to choose by; else the scored rows do (the paper).
     """
-    if data.task == "classification" and len(data.names) < 2:
-        raise DataError(f"label holds a single class, {data.names[0]}; there is nothing to learn")
     person = np.arange(len(data.label)) if data.group is None else data.group
-    if data.split is None or k:
-        fold_of, count = _fold_of(data, person, k or 5, seed), k or 5
+    if k or data.split is None:
+        k = k or 5
+        fold_of = _fold_of(data, person, k, seed)
     else:
-        fold_of, count = data.split.astype(int), 1
+        k, fold_of = 1, data.split.astype(int)
         bad = np.isin(person, person[data.split]) & ~data.split
-        what = "is of a person in both parts of split: mend group or split, or use --folds-by clip"
-        _refuse_rows(bad, "group", what)
+        _refuse_rows(bad, "group", "is of a person in both parts of split: mend group or split")
     draw, result = np.random.default_rng(seed).permutation, []
-    for i in range(count):
+    for i in range(k):
         train, val = np.flatnonzero(fold_of != i), np.flatnonzero(fold_of == i)
-        if (train_rows or 0) > len(train):
+        if train_rows > len(train):
             raise DataError(f"argument --train-rows: fold {i} has only {len(train)}")
         train, choose = np.sort(draw(train)[: train_rows or None]), val
         if set_aside:
@@ -419,9 +382,9 @@ def folds(data, k=None, seed=0, train_rows=None, set_aside=False):
             counts = f"{len(train)} training, {len(choose)} choosing and {len(val)} scored rows"
             raise DataError(f"fold {i} has {counts}: use more data or fewer --folds")
         if data.task == "classification":
-            for label in set(range(len(data.names))) - set(data.label[train].tolist()):
-                name = data.names[label]
-                raise DataError(f"fold {i} has no training row of class {name}: try other --folds")
+            wanted = [*(f"class {name}" for name in data.names), "a second class"]
+            for label in set(range(max(2, len(data.names)))) - set(data.label[train].tolist()):
+                raise DataError(f"fold {i} trains on no row of {wanted[label]}: try other --folds")
         result.append(tuple(torch.from_numpy(rows) for rows in (train, choose, val)))
     return result
 
@@ -441,7 +404,7 @@ def digest(*values):
     """A short fingerprint of tensors, arrays, lists, None, and the names that raw views read."""
     sha = hashlib.sha256()
     for value in values:
-        value = getattr(value, "places", [] if value is None else value)
+        value = getattr(value, "digest", [] if value is None else value)
         array = np.asarray(digest(*value) if isinstance(value, list) else value)
         sha.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
     return sha.hexdigest()[:16]

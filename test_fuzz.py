@@ -1,9 +1,6 @@
-"""Damaged input ends in success or in one line and exit code 2, within ten seconds and 2 GiB.
-
-The inputs are the same every time; FUZZ=3000 python -m pytest test_fuzz.py feeds new ones."""
+"""Damaged input ends in success or in one line and exit code 2, within ten seconds and 2 GiB."""
 
 import io
-import os
 import random
 import re
 import shutil
@@ -11,12 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import torch
 
 from test_train import go, two_view
 
-COUNT = int(os.environ.get("FUZZ", 200))
-BASE = ["--epochs", 1, "--dim", 4, "--width", 1, "--device", "cpu", "--workers", 0, "--fold", 0]
+BASE = ["--epochs", 1, "--dim", 4, "--width", 1, "--workers", 0, "--fold", 0]
 FOREIGN = [b"", b"\x89PNG\r\n", b"RIFF\xff\xff\xff\xffWAVE", b"PK\x03\x04", b"\x93NUMPY", b"a,b\n"]
 KINDS = ["f2", "i1", "u8", "c8", "?", "O", ">f8", "S5", "U5"]
 CELLS = ["nan", "1e400", "-5", "", "x", "2", "\0", "é", "9" * 5000, "1\t1", "1,1", "\n"]
@@ -61,24 +56,12 @@ def huge(chance, good):
     return good.replace(shape, chance.choice(SHAPES).ljust(len(shape)))
 
 
-def entries(chance, good):
-    """A student's file with an entry gone, or of another type or shape."""
-    saved, file = torch.load(io.BytesIO(good), weights_only=True), io.BytesIO()
-    part = chance.choice([saved, saved, saved["weights"]])
-    name = chance.choice(list(part))
-    old, others = part.pop(name), [None, -1, "x", [], {}, [1, 2], torch.zeros(3), 10**30]
-    if torch.is_tensor(old):
-        others = [old.double(), old.flatten()[:-1], old[None], torch.zeros(1).expand(10**12)]
-    part.update({name: chance.choice(others)} if chance.random() < 0.8 else {})
-    torch.save(saved, file)
-    return file.getvalue()
-
-
 def inputs(dataset, root):
     """Good input, and how it is damaged: [(how often, [(files, damage)], arguments)]"""
     argv, student = [*BASE, "--dataset", dataset, "--data"], "out/fold0/student_mtpkdot.pt"
     new = ["--stage", "teachers", "--out", "new"]
     if dataset == "features":
+        root.mkdir()
         argv += [two_view(root / "data.npz", n=60).name, "--folds", 2]
         assert go(*argv, "--out", "out", folder=root).code == 0
         npz = [("data.npz", damage) for damage in (arrays, damaged, arrays, huge)]
@@ -86,33 +69,30 @@ def inputs(dataset, root):
         return [
             (70, npz, [*argv, *new]),
             (40, [("out/fold0/*.pt", damaged)], [*argv, "--out", "out"]),
-            (50, [(student, damaged), (student, entries), *npz[:2]], evaluate),
+            (50, [(student, damaged), *npz[:2]], evaluate),
         ]
     pytest.importorskip("PIL")
     import test_raw
 
-    argv += [".", *new, "--select", "val", "--clip-stride", 9]
     if dataset == "affwild2":
         for part, name in (("Train_Set", "1"), ("Validation_Set", "é")):
             test_raw.video(root, part, name, test_raw.annotations(36))
             test_raw.sound(root, name, 1.2)
-        files = [("cropped_aligned/*/*.jpg", damaged), ("audio/*", damaged)]
-        return [(20, [*files, ("annotations/*/*", damaged), ("annotations/*/*", text)], argv)]
-    test_raw.biovid_tree(root, people=2, clips=1, levels=("BL1", "PA4"))
-    files = [("frames/*/*/*.jpg", damaged), ("**/*.csv", damaged), ("**/*.csv", text)]
-    return [(20, files, [*argv, "--folds", 2])]
+        binary, tables, more = ["**/*.jpg", "audio/*"], "annotations/*/*", ["--clip-stride", 9]
+    else:
+        test_raw.biovid_tree(root, people=2, clips=1, levels=("BL1", "PA4"))
+        binary, tables, more = ["**/*.jpg"], "**/*.csv", ["--folds", 2]
+    files = [*((pattern, damaged) for pattern in [*binary, tables]), (tables, text)]
+    return [(20, files, [*argv, ".", *new, "--select", "val", *more])]
 
 
 @pytest.mark.parametrize("dataset", ["features", "affwild2", "biovid"])
 def test_damaged_input_is_success_or_one_line(dataset, tmp_path):
-    seed = random.randrange(2**32) if "FUZZ" in os.environ else 0
-    print("seed", seed)
-    (tmp_path / "good").mkdir()
     kinds = inputs(dataset, tmp_path / "good")
-    cases = [kind for kind in kinds for _ in range(kind[0] * COUNT // 200)]
+    cases = [kind for kind in kinds for _ in range(kind[0])]
 
     def fed(i):
-        chance, (_, files, argv) = random.Random(seed + i), cases[i]
+        chance, (_, files, argv) = random.Random(i), cases[i]
         copy = shutil.copytree(tmp_path / "good", tmp_path / f"{i}")
         pattern, damage = chance.choice(files)
         path = chance.choice(sorted(copy.glob(pattern)))
@@ -126,4 +106,4 @@ def test_damaged_input_is_success_or_one_line(dataset, tmp_path):
     with ThreadPoolExecutor(2) as pool:
         codes, bad = zip(*pool.map(fed, range(len(cases))))
     assert not any(bad), "\n".join(str(case) for case in bad if case)
-    assert set(codes) == {0, 2} or COUNT < 200  # the damage is seen, and is all that is wrong
+    assert set(codes) == {0, 2}  # the damage is seen, and is all that is wrong

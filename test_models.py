@@ -53,7 +53,7 @@ def test_tnet_and_adapter_have_the_published_widths_and_composed_is_all_of_tnet(
     assert [m.in_features for m in models.Adapter()] == [512, 256]
     net, x = built(models.TNet, 16).double(), normal(30, 16).double()
     composed = net.composed()
-    close(composed(x), net(x), 1e-10)
+    close((x, composed(x)), net(x), 1e-10)
     assert not any(p.requires_grad for p in composed.parameters()) and net[0].weight.requires_grad
 
 
@@ -89,7 +89,8 @@ def test_student_is_its_parts_and_comes_back_from_its_file(x, tmp_path):
     close(net(x), net.fusion(torch.stack([z_v, net.tnet(z_v)], dim=1)))
     close(net(x), models.Student(nn.Identity(), net.tnet, net.fusion)(z_v))
     close(single(x), (z_v, single.head(z_v)))
-    saved = {"dim": 8, "width": 2, "input_shape": list(x.shape[1:]), "names": ["a", "b", "c"]}
+    saved = {"origin": {"dim": 8, "width": 2}, "names": ["a", "b", "c"]}
+    saved["input_shape"] = list(x.shape[1:])
     torch.save({**saved, "weights": net.state_dict()}, tmp_path / "student.pt")
     loaded = models.load_student(torch.load(tmp_path / "student.pt", weights_only=True))
     close(loaded(x), net(x))
@@ -110,7 +111,7 @@ def layer(x, state, conv, norm, stride):
 
 @pytest.mark.parametrize("x", [SPECTROGRAMS, FLOATS, BYTES], ids=["2d", "3d", "3d bytes"])
 def test_eighteen_layers_one_by_one_by_the_published_names_and_in_bfloat16(x):
-    net, half = (built(models.backbone, x.shape[1:], 5, 3, bfloat16) for bfloat16 in (False, True))
+    net, half = (built(models.backbone, x.shape[1:], 5, 3, amp) for amp in ("off", "on"))
     out, state = x, net.state_dict()
     if x is BYTES:
         mean, std = torch.tensor([0.485, 0.456, 0.406, 0.229, 0.224, 0.225]).view(2, 3, 1, 1, 1)

@@ -83,7 +83,7 @@ def test_a_signal_ends_the_run_and_tells_how_to_go_on(workers, number, small, tm
         small = whole(tmp_path, *RAW, "--dataset", "affwild2", "--data", tree, "--workers", 1)
     folder = tmp_path / "run"
     done = stopped(small, folder, number, 0.7 * small.seconds)
-    assert "same command" in one_line(done, 128 + number)
+    assert "same command" in one_line(done, 1)
     before = contents(folder, "teachers_p*")
     assert_goes_on(small, folder)
     assert before and contents(folder, "teachers_p*").items() >= before.items()
@@ -130,4 +130,4 @@ def test_a_full_disk_or_a_damaged_file_is_one_line_and_the_run_goes_on_after(sma
     path = tmp_path / "out/fold1/student_mtpkdot.pt"  # the report is of what is finished
     saved = load(path)
     torch.save({key: saved[key] for key in ("weights", "history", "origin")}, path)
-    assert go(*small.argv, "--stage", "align", folder=tmp_path, pictures=True).code == 0
+    assert go(*small.argv, "--stage", "align", folder=tmp_path).code == 0

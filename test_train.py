@@ -24,7 +24,7 @@ from scipy import stats
 import models
 import train
 
-SMALL = ["--dim", 8, "--batch-size", 32, "--device", "cpu", "--updates", 3]  # two epochs
+SMALL = ["--dim", 8, "--batch-size", 32, "--updates", 3]  # two epochs
 for name in ("backbone", "joint", "align", "student"):
     SMALL += [f"--epochs-{name}", 1]
 RAW = ["--epochs", 1, "--dim", 16, "--width", 2, "--clip-stride", 12]
@@ -35,14 +35,12 @@ METHODS = ["mtpkdot", *(f"mtpkdot-{name}" for name in METHODS), "pkdot"]
 METHODS += ["mse", "cosine", "rkd", "kd", "task", "visual"]
 
 
-def as_script(argv, folder, said, limit, pictures):
+def as_script(argv, folder, said, limit):
     for stream in (1, 2):
         os.dup2(os.open(f"{said}/{stream}", os.O_WRONLY | os.O_APPEND), stream)
     os.chdir(folder)
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    if not pictures:  # for time
-        sys.modules["matplotlib"] = None
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # as it is in a process from a shell
     sys.argv = ["train.py", *argv]
@@ -57,13 +55,13 @@ CONTEXT, LOCK = multiprocessing.get_context("forkserver"), threading.Lock()
 CONTEXT.set_forkserver_preload(["torch._dynamo", __name__])
 
 
-def go(*argv, folder=".", send=9, after=60, limit=None, pictures=False):
+def go(*argv, folder=".", send=9, after=60, limit=None):
     """train.py as a script, in a fork of a process that has imported torch. After so many seconds
     it gets the signal `send`. It can write no file of more than `limit` bytes."""
     with tempfile.TemporaryDirectory() as said:
         for name in "12":  # a process may be killed before it says anything
             Path(said, name).touch()
-        job = ([str(a) for a in argv], str(folder), said, limit, pictures)
+        job = ([str(a) for a in argv], str(folder), said, limit)
         process, start = CONTEXT.Process(target=as_script, args=job), time.monotonic()
         with LOCK:
             process.start()
@@ -188,7 +186,7 @@ def test_history_has_as_many_epochs_of_each_network_and_losses_add_up(finished):
         assert np.isfinite(float(row["score"]))
 
 
-def test_regression_on_one_split_with_and_without_pictures(tmp_path):
+def test_regression_on_one_split(tmp_path):
     split = np.where(np.arange(96) < 64, "train", "val")
     path = two_view(tmp_path / "d.npz", regression=True, split=split)
     argv = ["--dataset", "features", "--data", path, "--method", "task", "--out"]
@@ -203,11 +201,6 @@ def test_regression_on_one_split_with_and_without_pictures(tmp_path):
         run(*argv, tmp_path / f"{seed}", "--seed", seed, "--select", "val")
         losses.append({row["loss"] for row in table(tmp_path / f"{seed}/history.csv")})
     assert not losses[0] & losses[1]
-    assert printed.count("No pictures") == 1 and not list(tmp_path.glob("*.png"))
-    pytest.importorskip("matplotlib")
-    assert "No pictures" not in run(*argv, tmp_path, pictures=True)
-    for name in ("history", "similarity"):
-        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_scores_are_of_rows_that_nothing_was_learnt_from(finished):
@@ -239,10 +232,9 @@ def test_rows_that_are_not_trained_on_leave_no_trace_in_the_weights(finished, tm
 
 def test_stages_one_by_one_give_the_same(finished, tmp_path):
     argv = [*finished.argv, "--out", tmp_path, "--stage"]
-    assert "--stage teachers first" in run(*argv, "align")
-    run(*argv, "teachers")
-    assert "--stage align first" in run(*argv, "student")
-    run(*argv, "align")
+    for stage, files in (("teachers", 5), ("align", 6)):
+        run(*argv, stage)
+        assert [len(list(tmp_path.glob(f"fold{i}/*"))) for i in range(3)] == 3 * [files]
     for method in ("pkdot", "mtpkdot"):
         for fold in (2, 0, 1):
             run(*argv, "student", "--method", method, "--fold", fold)
@@ -267,13 +259,12 @@ def test_several_seeds(finished, tmp_path):
     assert_statistics(got, seeds)
 
 
-@pytest.mark.parametrize("choice, picked", [("loss", 1), ("corrected", 0)])
-def test_a_teacher_that_knows_its_training_rows_by_heart(choice, picked, finished, tmp_path):
+def test_the_teacher_with_the_least_loss_is_picked(finished, tmp_path):
     folder = shutil.copytree(finished.out / "fold0", tmp_path / "fold0")
     trained = seen(load(folder / "student_mtpkdot.pt"))
     for path in folder.glob("student_*"):
         path.unlink()
-    # The adapted visual teacher is right about the rows that it was trained on, and no others.
+    # The adapted visual teacher is right about the rows that students train on, and no others.
     right = (np.load(finished.data)["label"] - 4 + ~np.isin(np.arange(96), trained)) % 3
     teachers, path = models.Teachers(8, 3), folder / "teachers_embeddings.pt"
     teachers.load_state_dict(load(folder / "align.pt")["weights"])
@@ -283,12 +274,11 @@ def test_a_teacher_that_knows_its_training_rows_by_heart(choice, picked, finishe
     saved = load(path)
     saved["z"][:, 0] = ((20 * torch.eye(3)[right] - bias) @ inverse).detach()
     torch.save(saved, path)
-    argv = [*finished.argv, "--stage", "student", "--fold", 0, "--method", "mtpkdot"]
-    run(*argv, "--teacher-choice", choice, "--out", tmp_path)
-    assert results(tmp_path)["mean"]["teacher_picks"]["adapted_visual"] == pytest.approx(picked)
+    run(*finished.argv, "--fold", 0, "--method", "mtpkdot", "--out", tmp_path)
+    assert results(tmp_path)["mean"]["teacher_picks"]["adapted_visual"] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("kind", ["frozen", "finetune", "scratch"])
+@pytest.mark.parametrize("kind", ["frozen", "finetune"])
 def test_student_backbone_and_train_rows_and_the_protocol_of_the_paper(kind, finished, tmp_path):
     argv = [*finished.argv, "--out", tmp_path, "--fold", 0, "--method", "task", "--select", "val"]
     assert "--train-rows" in run(*argv, "--train-rows", 65)
@@ -297,32 +287,31 @@ def test_student_backbone_and_train_rows_and_the_protocol_of_the_paper(kind, fin
     (first, student), saved = (load(file)["weights"] for file in files), load(files[1])
     moved = max((student[k] - first[k]).abs().max().item() for k in first if "layers" in k)
     assert (moved == 0) == (kind == "frozen")
-    assert (moved > 5e-3) == (kind == "scratch")  # four updates of a rate of 1e-3 at most
+    assert moved < 5e-3  # four updates of a rate of 1e-3 at most
     assert len(seen(saved)) == 30 and not set(seen(saved)) & set(saved["val"].tolist())
     assert saved["scores"]["task"] == max(row["score"] for row in saved["history"])
 
 
 def test_preset_is_the_released_code_and_what_is_given_goes_first():
-    got = vars(train.options(["--preset", "released", "--device", "cpu", "--w-ot", "3"]))
+    got = vars(train.options(["--preset", "released", "--w-ot", "3"]))
     want = {"lr_student": 5e-4, "epochs_student": 10, "k": 30, "dropout": 0, "dropout_student": 0}
-    want |= {"lr_adapter": 5e-3, "lr_fusion": 1e-4, "lr_tnet": 5e-5, "epochs_align": 10, "dim": 512}
-    want |= {"w_task": 0.8, "w_centroid": 0.2, "w_pkdot_ot": 0.6}
+    want |= {"lr_adapter": 5e-3, "lr_tnet": 5e-5, "epochs_align": 10, "dim": 512}
     want |= {"anchors": "least", "shift": "min", "student_backbone": "frozen", "w_ot": 3}
-    want |= {"eps": 0.01, "folds_by": "clip", "select": "val", "updates": 0, "lr_decay": "none"}
+    want |= {"eps": 0.01, "select": "val", "updates": 0, "w_centroid": 0.2}
     assert {name: got[name] for name in want} == want
 
 
 MISTAKES = """--data nowhere.npz; --dataset imagenet; --fold 3; --folds 25; --method mtpkdot,nothing
 --seed 99999999999999999999; --batch-size 1; --dim 15; --eps 0; --w-ot -1; --lr-student nan
 --bogus x; --lr-joint 1e30; --lr-tnet 300; --dim 900000; --visual-weights r3d_18.pth
---out /proc/nowhere; --stage eval"""
+--out /proc/nowhere; --stage eval; --predictions p.csv"""
 
 
 @pytest.mark.parametrize("mistake", re.split("; |\n", MISTAKES))
 def test_a_mistake_gets_one_line(mistake, finished, tmp_path):
     option, value = mistake.split()
     said = one_line(go(*SMALL, *finished.argv, option, value, folder=tmp_path))
-    assert any(word in said for word in (option, value, "lower its --lr"))
+    assert any(word in said for word in (option, value, "lower an --lr"))
 
 
 def test_eval(finished, tmp_path):
@@ -334,14 +323,14 @@ def test_eval(finished, tmp_path):
         assert f" {100 * score:.1f}," in run(*argv, student, "--data", finished.data)
         assert [int(row["name"]) for row in table(csv_file)] == saved["val"].tolist()
 
-    rows = np.arange(0, 60, 3)  # of one class only
+    rows = np.arange(20)
     visual, label = data["visual"][rows], data["label"][rows]
     argv = ["--stage", "eval", "--student", student, "--data", new]
     for word, x, y in (
         (f" {100 * accuracy(saved, data, rows):.1f},", visual, label),
-        ("9", visual, label + 5),
-        ("regression", visual, np.ones((20, 2))),
-        ("shape", visual[:, :7], label),
+        ("9, 10, 11", visual, label + 5),
+        ("valence", visual, np.ones((20, 2))),
+        ("[102], not [7]", visual[:, :7], label),
     ):
         np.savez(new, visual=x, label=y)
         assert word in run(*argv)
@@ -366,8 +355,8 @@ def test_raw_data_from_files_to_predictions(dataset, tmp_path):
         test_raw.affwild2_tree(tree)
         more = ["--amp", "on", "--workers", 1]
     else:
-        test_raw.biovid_tree(tree, people=4, clips=1, levels=("BL1", "PA1"))
-        more = ["--folds", 2, "--fold", 0, "--levels", "BL1,PA1", "--workers", 0]
+        test_raw.biovid_tree(tree, people=4, clips=1)
+        more = ["--folds", 2, "--fold", 0, "--workers", 0]
     run("--dataset", dataset, *RAW, "--data", tree, *more, "--out", tmp_path)
     for folder in ("annotations", "audio", "biosignals_filtered", "cropped_aligned/9_right"):
         shutil.rmtree(tree / folder, ignore_errors=True)  # frames of faces are enough
@@ -381,13 +370,7 @@ def test_raw_data_from_files_to_predictions(dataset, tmp_path):
         broken.write_bytes(broken.read_bytes()[:300])
         assert f"{broken}: not a JPEG" in run(*argv, *RAW, "--data", tree, "--workers", 1)
     else:
-        names = [path.name for path in sorted(tree.glob("frames/*/*"))]
-        assert [row["name"] for row in rows] == [names[i] for i in load(student)["val"]]
-        assert {row["prediction"] for row in rows} <= {"BL1", "PA1"}
+        assert len(rows) == 4 * 3 and {row["prediction"] for row in rows} <= {"BL1", "PA4"}
+        assert [row["name"] for row in rows] == sorted(p.name for p in tree.glob("frames/*/*"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_three_stages_on_cuda(finished, tmp_path):
-    run(*finished.argv, "--device", "cuda", "--method", "all", "--out", tmp_path)
-    got, want = results(tmp_path)["mean"], results(finished.out)["mean"]
-    assert list(got["students"]) == METHODS and abs(got["joint"] - want["joint"]) < 0.15

@@ -17,6 +17,7 @@ Views, labels and embeddings of all clips stay on the host. Networks and the bat
 the device: `forward` takes a batch there, `predict` brings the outputs back.
 """
 
+import argparse
 import csv
 import io
 import json
@@ -25,7 +26,6 @@ import os
 import signal
 import sys
 import zlib
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +49,7 @@ STAGES = ("teachers", "align", "student")
 OPTIONS = {
     "run": [
         ("preset", ("none", "released"), "defaults of the authors' code"),
-        ("data", "", "file or folder of the data set; else data/DATASET"),
+        ("data", "", "its file or folder; else data/DATASET"),
         ("stage", ("all", *STAGES, "eval"), "the last stage to make, or eval: to score"),
         ("method", "mtpkdot,task,visual", "students of METHODS, with commas, or all"),
         ("out", "", "folder of the run; else runs/DATASET"),
@@ -57,7 +57,7 @@ OPTIONS = {
         ("seeds", 1, "how many seeds, from --seed on"),
         ("epochs", 0, "of every network, in place of --updates and --epochs-..."),
         ("student", "", "eval: file of the student"),
-        ("predictions", "", "eval: .csv file of what it predicts"),
+        ("predictions", "", "eval: .csv file of its predictions"),
         ("workers", min(8, os.cpu_count() or 1), "processes that read raw data"),
     ],
     "data": [
@@ -123,7 +123,7 @@ def refuse(message):
 
 def options(argv=None):
     """The arguments, checked and completed."""
-    parser = ArgumentParser(formatter_class=ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = refuse
     for title, settings in OPTIONS.items():
         section = parser.add_argument_group(title)
@@ -564,18 +564,19 @@ def train_all(args):
     """All stages that are asked for, seed by seed and fold by fold, then the report."""
     args.out = Path(args.out or f"runs/{args.dataset}")
     args.out.mkdir(parents=True, exist_ok=True)
-    data, runs = datasets.load(args, progress=tqdm), []
+    data = datasets.load(args, progress=lambda files: tqdm(files, "sound", disable=None))
     about = {"names": data.names, "task": data.task, "input_shape": list(data.visual.shape[1:])}
     about["trained_on"] = datasets.digest(data.visual)
     args.content = datasets.digest(about["trained_on"], *data[1:])
 
     # A run for each seed and fold. A folder of other arguments or data is refused here.
+    runs = []
     for seed in range(args.seed, args.seed + args.seeds):
         rows = datasets.folds(data, args.folds, seed, args.train_rows, args.select == "train")
         if args.fold >= len(rows):
             refuse(f"argument --fold: the folds are 0 to {len(rows) - 1}")
         for number, (train, choose, val) in enumerate(rows):
-            run = Namespace(**{**vars(args), "data": data, "seed": seed}, number=number)
+            run = argparse.Namespace(**{**vars(args), "data": data, "seed": seed}, number=number)
             run.train, run.choose, run.val, run.about = train, choose, val, {**about, "val": val}
             run.folder = args.out / (f"seed{seed}" if args.seeds > 1 else "") / f"fold{number}"
             for name in reversed(NETWORKS):  # the last stage tells most
@@ -608,7 +609,7 @@ def main(argv=None):
         if isinstance(error, RuntimeError):
             if "memory" not in str(error):
                 raise
-            text = f"{text}; use a smaller --batch-size or fewer --workers"
+            text = f"{text}; use a smaller --batch-size or --dim, or fewer --workers"
         print(f"train.py: {text}", file=sys.stderr)
         sys.exit(2)
 
