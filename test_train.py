@@ -24,7 +24,7 @@ from scipy import stats
 import models
 import train
 
-SMALL = ["--dim", 8, "--batch-size", 32, "--updates", 3]  # two epochs
+SMALL = ["--dim", 8, "--batch-size", 32, "--updates", 3, "--device", "cpu"]  # two epochs
 for name in ("backbone", "joint", "align", "student"):
     SMALL += [f"--epochs-{name}", 1]
 RAW = ["--epochs", 1, "--dim", 16, "--width", 2, "--clip-stride", 12]

@@ -40,7 +40,7 @@ import models
 import mtpkdot
 from mtpkdot import METHODS, TEACHERS
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
 VIEWS = ("visual", "privileged")
 STAGES = ("teachers", "align", "student")
 
@@ -53,11 +53,12 @@ OPTIONS = {
         ("stage", ("all", *STAGES, "eval"), "the last stage to make, or eval: to score"),
         ("method", "mtpkdot,task,visual", "students of METHODS, with commas, or all"),
         ("out", "", "folder of the run; else runs/DATASET"),
-        ("fold", -1, "train this fold only, counted from 0; -1 is all"),
+        ("fold", -1, "the only fold to train, from 0; -1 is all"),
         ("seeds", 1, "how many seeds, from --seed on"),
         ("epochs", 0, "of every network, in place of --updates and --epochs-..."),
         ("student", "", "eval: file of the student"),
         ("predictions", "", "eval: .csv file of its predictions"),
+        ("device", DEVICES, "where networks are"),
         ("workers", min(8, os.cpu_count() or 1), "processes that read raw data"),
     ],
     "data": [
@@ -73,7 +74,7 @@ OPTIONS = {
         ("width", 64, "of the first stage of 18-layer networks"),
     ],
     "teachers": [
-        ("visual-weights", "", "file of published r3d_18 weights to start from"),
+        ("visual-weights", "", "file of published r3d_18 weights"),
         ("privileged-weights", "", "file of published resnet18 weights"),
         ("epochs-backbone", 30, "at the least; see --updates"),
         ("epochs-joint", 30, "of the joint teacher and of T-Net"),
@@ -185,7 +186,7 @@ def read(path, use=dict):
         return use(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a damaged or foreign file can raise anything
         reason = " ".join(f"{type(error).__name__}, {error}".split())[:200]
-        refuse(f"{path}: missing, damaged or not what it should be ({reason})")
+        refuse(f"{path}: missing, damaged or another file ({reason})")
 
 
 def load(run, name):
@@ -224,10 +225,10 @@ def forward(run, network, view, batches):
     view[rows] is read on the host, raw data by --workers processes.
     """
     raw, sampler = not torch.is_tensor(view), [rows.tolist() for rows in batches]
-    how = {"num_workers": run.workers, "pin_memory": DEVICE == "cuda"} if raw else {}
+    how = {"num_workers": run.workers, "pin_memory": run.device == "cuda"} if raw else {}
     how["generator"] = torch.Generator()  # so that reading draws nothing from the run's
     for rows, x in zip(batches, DataLoader(view, batch_size=None, sampler=sampler, **how)):
-        outputs = network(x.to(DEVICE, non_blocking=True))
+        outputs = network(x.to(run.device, non_blocking=True))
         if not all((t.abs() < 1e15).all() for t in outputs):  # so that squares are finite
             refuse("outputs are NaN or too large; what was saved stays; lower an --lr-...")
         yield rows, outputs
@@ -258,7 +259,7 @@ def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, score
         return
 
     # Batches of nearly equal size: the similarities within a runt of two clips would mean nothing.
-    steps = max(1, min(math.ceil(len(run.train) / run.batch_size), len(run.train) // 2))
+    steps = min(math.ceil(len(run.train) / run.batch_size), len(run.train) // 2)
     epochs = max(epochs, math.ceil(run.updates / steps))
     rates = rate if isinstance(rate, dict) else {"": rate}  # of which "" is the whole
     groups = [{"params": network.get_submodule(p).parameters(), "lr": rates[p]} for p in rates]
@@ -282,7 +283,7 @@ def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, score
         drawn = view.drawn(torch.randint(2**31, ()).item()) if hasattr(view, "drawn") else view
         batches, means = forward(run, network, drawn, order), {}
         for rows, outputs in tqdm(batches, name, steps, leave=False, disable=None):
-            terms = loss_of(rows, run.data.label[rows].to(DEVICE), *outputs)
+            terms = loss_of(rows, run.data.label[rows].to(run.device), *outputs)
             optimizer.zero_grad()
             terms["loss"].backward()
             optimizer.step()
@@ -322,7 +323,7 @@ def single(run, view, trained=False, dropout=0.0):
         read(published, lambda weights: models.load_published(encoder, weights))
     elif isinstance(encoder, models.Encoder):
         encoder.fit_standardisation(source[run.train])
-    return network.to(DEVICE)
+    return network.to(run.device)
 
 
 def embeddings(run):
@@ -353,15 +354,15 @@ def teachers(run):
     # The joint teacher: the fusion of both embeddings, which stay as they are.
     z = embeddings(run)
     seed_everything(run, "joint")
-    joint = models.Fusion(run.dim, len(run.data.names), run.dropout).to(DEVICE)
+    joint = models.Fusion(run.dim, len(run.data.names), run.dropout).to(run.device)
     fit(run, "teachers_joint", joint, run.lr_joint, run.epochs_joint, z, task_of)
 
     # T-Net: the privileged embedding, hallucinated from the visual one.
     seed_everything(run, "tnet")
-    tnet = models.TNet(run.dim).to(DEVICE)
+    tnet = models.TNet(run.dim).to(run.device)
 
     def loss_of(rows, label, z_v, hallucinated):
-        return {"loss": mtpkdot.tnet_loss(hallucinated, z[rows, 1].to(DEVICE))}
+        return {"loss": mtpkdot.tnet_loss(hallucinated, z[rows, 1].to(run.device))}
 
     def likeness(data, hallucinated, rows):
         return -mtpkdot.tnet_loss(hallucinated, z[rows, 1]).item()
@@ -372,7 +373,7 @@ def teachers(run):
 def align(run):
     """Stage 2. Adapters pull both single embeddings to the joint one, and the joint one to them."""
     seed_everything(run, "align")
-    network = models.Teachers(run.dim, len(run.data.names), run.dropout).to(DEVICE)
+    network = models.Teachers(run.dim, len(run.data.names), run.dropout).to(run.device)
     network.joint.load_state_dict(load(run, "teachers_joint")["weights"])
 
     # The distance of the embeddings, and the task of all three teachers.
@@ -408,7 +409,7 @@ def student(run, method, z):
         teacher_net.joint.load_state_dict(load(run, "teachers_joint")["weights"])
         for view in VIEWS:
             teacher_net.heads[view] = single(run, view, trained=True).head
-    teacher_net.to(DEVICE).eval()
+    teacher_net.to(run.device).eval()
     columns = [TEACHERS.index(teacher) for teacher in candidates]
 
     # The student: the visual backbone of stage 1, T-Net, and a fusion of its own.
@@ -417,7 +418,7 @@ def student(run, method, z):
     tnet, view = models.TNet(run.dim), run.data.visual
     tnet.load_state_dict(load(run, "teachers_tnet")["weights"])
     fusion = models.Fusion(run.dim, len(run.data.names), run.dropout_student)
-    full = network = models.Student(baseline.encoder, tnet.composed(), fusion).to(DEVICE)
+    full = network = models.Student(baseline.encoder, tnet.composed(), fusion).to(run.device)
     if method == "visual":  # whose z_s is z_v
         full = network = baseline
     elif run.student_backbone == "frozen":  # the same network, on embeddings instead of clips
@@ -426,7 +427,7 @@ def student(run, method, z):
     # Its loss on a batch: pick the teacher, then add up the terms.
     def loss_of(rows, label, z_s, prediction):
         with torch.no_grad():
-            z_teachers, said = (t[:, columns] for t in teacher_net(z[rows].to(DEVICE)))
+            z_teachers, said = (t[:, columns] for t in teacher_net(z[rows].to(run.device)))
         losses = torch.stack([mtpkdot.task_loss(one, label) for one in said.unbind(1)])
         chosen = mtpkdot.choose_teacher(losses)
         teacher = {"z_t": z_teachers[:, chosen], "prediction_t": said[:, chosen]}
@@ -446,8 +447,8 @@ def evaluate(args):
         refuse(f"{args.student} is for {saved['input_shape']}, not {[*data.visual.shape[1:]]}")
     own = datasets.digest(data.visual) == saved["trained_on"]  # only its validation rows count
     rows = saved["val"] if own else torch.arange(len(data.visual))
-    print(f"{args.student}: {len(rows)} {'validation rows of its own data' if own else 'rows'}")
-    prediction = predict(args, network.to(DEVICE), data.visual, rows)[1]
+    print(f"{args.student}: {len(rows)} {'validation rows' if own else 'rows'}")
+    prediction = predict(args, network.to(args.device), data.visual, rows)[1]
 
     # A line a clip: of classes the best and all probabilities, or the values.
     if args.predictions:
@@ -463,7 +464,7 @@ def evaluate(args):
 
     if data.label is not None:
         if (data.task, data.names) != (saved["task"], names):
-            refuse(f"{args.student} predicts {names}, and the labels are of {data.names}")
+            refuse(f"{args.student} predicts {names}, not {data.names}")
         score = cell(task_score(data, prediction, rows))
         print(f"Score: {score}, {data.task} of {data.names}.")
 
@@ -557,7 +558,7 @@ def show(args, data, result):
     if picks:
         shares = (f"{teacher.replace('_', ' ')} {share:.0%}" for teacher, share in picks.items())
         print(f"Teachers that mtpkdot picked: {', '.join(shares)}.")
-    print(f"Saved in {args.out}: results.json, history.csv, networks.")
+    print(f"Saved in {args.out}.")
 
 
 def train_all(args):
