@@ -12,7 +12,7 @@
     load_student   a trained student, from what train.py saved
 
 B batch, T steps or frames, D = 512 embedding size, K outputs: classes or regressed values.
-Each docstring names its source: "released code" is what the authors' code does, "ours" our choice.
+Docstrings name the source: "released code" is what the authors' code does, "ours" our choice.
 """
 
 import torch
@@ -90,13 +90,12 @@ class Residual18(nn.Module):
 
     The first stage is `width` wide, 64 at full size; each later one doubles that and halves the
     resolution. Initial weights are torchvision's (He et al., fan out). With `amp` "on", or "auto"
-    and a GPU that has it, it computes in bfloat16 by autocast, and gives float32.
+    and input on a GPU that has it, it computes in bfloat16 by autocast, and gives float32.
     """
 
     def __init__(self, block, dim, width, amp):
         super().__init__()
-        has_it = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-        self.bfloat16 = amp == "on" or (amp == "auto" and has_it)
+        self.amp = amp
         for stage, stride in enumerate((1, 2, 2, 2)):
             inputs, outputs = width * 2 ** max(stage - 1, 0), width * 2**stage
             layer = nn.Sequential(block(inputs, outputs, stride), block(outputs, outputs, 1))
@@ -109,7 +108,9 @@ class Residual18(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
+        has_it = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        on = self.amp == "on" or (self.amp == "auto" and has_it)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=on):
             x = self.layer4(self.layer3(self.layer2(self.layer1(self.stem_of(x)))))
             return self.fc(x.flatten(2).mean(-1)).to(self.fc.weight.dtype)
 
@@ -192,10 +193,10 @@ class Adapter(nn.Sequential):
 
 
 class TNet(nn.Sequential):
-    """Visual embedding z_v (..., D) -> z_v, hallucinated privileged one (..., D).
+    """Visual embedding z_v (..., D) -> z_v, as networks give an embedding and what they make of
+    it; hallucinated privileged embedding (..., D). Source: released code.
 
     An autoencoder without activations, at D = 512 of 512-2048-1024-512-256-512-1024-2048-512.
-    Source: released code.
     """
 
     def __init__(self, dim=DIM):
@@ -305,7 +306,8 @@ def load_student(saved):
 
     It takes input (B, *saved["input_shape"]) as the data set has it: vectors unstandardised, frames
     as bytes. It gives z_s (B, D) and predictions (B, K): logits of the classes saved["names"], or
-    values of the columns of those names. Raises KeyError or RuntimeError on another network's file.
+    values of the columns of those names. It computes in float32. Raises KeyError or RuntimeError
+    on a file that does not fit; that of a teacher of one view may.
     """
     dim, outputs = saved["origin"]["dim"], len(saved["names"])
     encoder = backbone(saved["input_shape"], dim, saved["origin"]["width"])

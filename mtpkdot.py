@@ -10,7 +10,7 @@ chosen for the batch, z_s the student's; S(z) holds the cosine similarities of t
                         METHODS, the table of all students: whom they follow, what they minimise
     baselines           relational  logit_distillation
 
-Each docstring names its source: the paper's abstract, the authors' released code, or our choice.
+Docstrings name the source: the paper's abstract, the authors' released code, or our choice.
 """
 
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from sinkhorn import sinkhorn_divergence
 
-# The order of models.Teachers. It breaks ties: the joint teacher is the one to fall back on.
+# In the order of models.Teachers.
 TEACHERS = ("joint", "adapted_visual", "adapted_privileged")
 
 
@@ -70,7 +70,7 @@ def alignment_loss(adapted_visual, adapted_privileged, z_j):
 
 
 def align_stage_loss(align, task_joint, task_visual, task_privileged):
-    """Half the alignment, and half the task of the joint teacher and of the mean adapted one.
+    """0.5 alignment_loss + 0.5 (task_loss of the joint teacher + mean of both adapted ones').
 
     All are scalars. Source: released code.
     """
@@ -83,14 +83,14 @@ def align_stage_loss(align, task_joint, task_visual, task_privileged):
 def choose_teacher(losses):
     """Index, a tensor, of the least of the losses (n,) on the batch, in the order of TEACHERS.
 
-    Of equal ones the first, the joint teacher, wins: to fall back on it is what avoids negative
-    transfer. Source: abstract; per batch, as in the released code.
+    The joint teacher is fallen back on where neither single one does better: it is the first of
+    equals. Source: abstract, to avoid negative transfer; per batch, as in the released code.
     """
     return losses.argmin()
 
 
 def similarity(z):
-    """S(z): cosine similarity of every pair of rows, (B, D) -> (B, B). Zero is similar to none."""
+    """S(z): cosine similarity of every pair of rows, (B, D) -> (B, B). A row of zeros has none."""
     z = F.normalize(z, dim=-1)
     return z @ z.T
 
@@ -112,12 +112,12 @@ def ot_loss(
 ):
     """Entropic optimal transport between the rows of the teacher's and the student's similarities.
 
-    The teacher's anchors are gathered from both matrices (B, B), which gives (B, k) each. OT of the
-    rows, with uniform weights and cost |x - y|^2 / 2, is a scalar. `debias` subtracts half of each
-    self-transport. `shift` first makes each matrix non-negative by its own minimum. Source: the
-    paper states entropic OT; the released code shifts and debiases. No shift is ours: the minima
-    differ, and that would count as a difference of structure. tol and max_iter are what a training
-    step needs (ours).
+    The teacher's anchors are gathered from both matrices (B, B), which gives (B, k) each: number j
+    of a row is the similarity to the clip's own j-th anchor. OT of the rows, with uniform weights
+    and cost |x - y|^2 / 2, is a scalar. `debias` subtracts half of each self-transport. `shift`
+    first makes each matrix non-negative by its own minimum. Source: the paper states entropic OT;
+    the released code shifts and debiases. No shift is ours: the minima differ, and that would count
+    as a difference of structure. tol and max_iter are what a training step needs (ours).
     """
     columns = anchors(S_t, k, which)
     if shift:
@@ -164,12 +164,12 @@ STRUCTURE = {"task": 0.8, "ot": "w_ot", "centroid": "w_centroid"}
 METHODS = {
     # student: (teachers aligned, those to choose among, {term of its loss: weight, or its option})
     "mtpkdot": (True, TEACHERS, STRUCTURE),
-    "mtpkdot-unaligned": (False, TEACHERS, STRUCTURE),
+    "mtpkdot-unaligned": (False, TEACHERS, STRUCTURE),  # the single ones as stage 1 left them
     "mtpkdot-no-centroid": (True, TEACHERS, {"task": 0.8, "ot": "w_ot"}),
     "mtpkdot-joint": (True, JOINT, STRUCTURE),
-    "mtpkdot-visual": (True, ["adapted_visual"], STRUCTURE),
-    "mtpkdot-privileged": (True, ["adapted_privileged"], STRUCTURE),
-    "pkdot": (False, JOINT, {"task": 1, "ot": 0.6}),
+    "mtpkdot-visual": (True, TEACHERS[1:2], STRUCTURE),
+    "mtpkdot-privileged": (True, TEACHERS[2:], STRUCTURE),
+    "pkdot": (False, JOINT, {"task": 1, "ot": 0.6}),  # Source: released code
     "mse": (False, JOINT, {"task": 1, "mse": 1}),
     "cosine": (False, JOINT, {"task": 1, "cosine": 1}),
     "rkd": (False, JOINT, {"task": 1, "rkd": 1}),

@@ -316,11 +316,12 @@ def test_a_mistake_gets_one_line(mistake, finished, tmp_path):
 
 def test_eval(finished, tmp_path):
     data, new, csv_file = np.load(finished.data), tmp_path / "new.npz", tmp_path / "p.csv"
-    argv = ["--stage", "eval", "--predictions", csv_file, "--student"]
     for method in ("visual", "mtpkdot"):  # on its own data
         student = finished.out / f"fold1/student_{method}.pt"
         score, saved = results(finished.out)["folds"][1]["students"][method], load(student)
-        assert f" {100 * score:.1f}," in run(*argv, student, "--data", finished.data)
+        argv = ["--stage", "eval", "--student", student, "--data", finished.data]
+        assert f" {100 * score:.1f}," in run(*argv)
+        run(*argv, "--predictions", csv_file)
         assert [int(row["name"]) for row in table(csv_file)] == saved["val"].tolist()
 
     rows = np.arange(20)

@@ -66,7 +66,7 @@ OPTIONS = {
         ("seed", 0, "of folds, initial weights and batches"),
         ("folds", 0, "number of folds; 0 is the data's own split, or 5"),
         ("select", ("train", "val"), "who chooses epochs: a fifth of the training people, or val"),
-        ("train-rows", 0, "train on as many rows of each fold; 0 is all"),
+        ("train-rows", 0, "to train on and choose by, in each fold; 0 is all"),
         ("clip-stride", 1, "affwild2: a clip for every N-th frame"),
         ("batch-size", 128, "clips of a batch, at most"),
         ("updates", 200, "of every network, at the least"),
@@ -82,7 +82,7 @@ OPTIONS = {
         ("lr-joint", 5e-4, "learning rate"),
         ("lr-tnet", 5e-4, "learning rate"),
         ("amp", ("auto", "on", "off"), "bfloat16 in 18-layer networks; auto: on new GPUs"),
-        ("dropout", 0.25, "of hidden units of vectors, and of embeddings that enter the fusion"),
+        ("dropout", 0.25, "of hidden units of vectors, and of whole embeddings at the fusion"),
     ],
     "align": [
         ("epochs-align", 40, "at the least"),
@@ -167,8 +167,8 @@ def options(argv=None):
 def origin(run, name):
     """What a file is made from: the data, and the arguments of its stage and of earlier ones."""
     sections = ["data", *STAGES[: STAGES.index(name.partition("_")[0]) + 1]]
-    names = [name.replace("-", "_") for section in sections for name, *_ in OPTIONS[section]]
-    return {"data": run.content, **{name: getattr(run, name) for name in names}}
+    keys = [key.replace("-", "_") for section in sections for key, *_ in OPTIONS[section]]
+    return {"data": run.content, **{key: getattr(run, key) for key in keys}}
 
 
 def save(run, name, saved):
@@ -224,10 +224,11 @@ def forward(run, network, view, batches):
 
     view[rows] is read on the host, raw data by --workers processes.
     """
-    raw, sampler = not torch.is_tensor(view), [rows.tolist() for rows in batches]
-    how = {"num_workers": run.workers, "pin_memory": run.device == "cuda"} if raw else {}
+    how = {"batch_size": None, "sampler": [rows.tolist() for rows in batches]}
     how["generator"] = torch.Generator()  # so that reading draws nothing from the run's
-    for rows, x in zip(batches, DataLoader(view, batch_size=None, sampler=sampler, **how)):
+    if not torch.is_tensor(view):
+        how.update(num_workers=run.workers, pin_memory=run.device == "cuda")
+    for rows, x in zip(batches, DataLoader(view, **how)):
         outputs = network(x.to(run.device, non_blocking=True))
         if not all((t.abs() < 1e15).all() for t in outputs):  # so that squares are finite
             refuse("outputs are NaN or too large; what was saved stays; lower an --lr-...")
@@ -243,7 +244,7 @@ def predict(run, network, view, rows):
 
 
 def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, scored=None, full=None):
-    """Train `network` with Adam, and leave its best epoch in the file `name`.
+    """Train with Adam, at rates that fall to 0, and leave the best epoch in the file `name`.
 
     rate     learning rate, or {part of the network: learning rate}
     epochs   at the least, as --updates may ask for more
@@ -273,8 +274,9 @@ def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, score
 
     # Go on where the same command stopped before.
     parts = {"network": network, "optimizer": optimizer, "decay": decay}
-    for key, part in parts.items() if saved["history"] else ():
-        part.load_state_dict(saved[key])
+    if saved["history"]:
+        for key, part in parts.items():
+            part.load_state_dict(saved[key])
     for epoch in range(len(saved["history"]) + 1, epochs + 1):
         # Train on every row once, in an order that is that of every other network.
         seed_everything(run, epoch)
@@ -340,7 +342,8 @@ def embeddings(run):
 
 
 def teachers(run):
-    """Stage 1. Each backbone learns the task alone; then the joint teacher and T-Net learn."""
+    """Stage 1. Each backbone learns the task alone; then the joint teacher and T-Net learn from z,
+    the embeddings of all clips (N, 2, D), which it returns."""
 
     def task_of(rows, label, z, prediction):
         return {"loss": mtpkdot.task_loss(prediction, label)}
@@ -368,33 +371,33 @@ def teachers(run):
         return -mtpkdot.tnet_loss(hallucinated, z[rows, 1]).item()
 
     fit(run, "teachers_tnet", tnet, run.lr_tnet, run.epochs_joint, z[:, 0], loss_of, likeness)
+    return z
 
 
-def align(run):
+def align(run, z):
     """Stage 2. Adapters pull both single embeddings to the joint one, and the joint one to them."""
     seed_everything(run, "align")
     network = models.Teachers(run.dim, len(run.data.names), run.dropout).to(run.device)
     network.joint.load_state_dict(load(run, "teachers_joint")["weights"])
 
     # The distance of the embeddings, and the task of all three teachers.
-    def loss_of(rows, label, z, predictions):
-        z_j, a_v, a_p = z.unbind(1)
+    def loss_of(rows, label, embeddings, predictions):
+        z_j, a_v, a_p = embeddings.unbind(1)
         distance = mtpkdot.alignment_loss(a_v, a_p, z_j)
         tasks = [mtpkdot.task_loss(said, label) for said in predictions.unbind(1)]
         return {"loss": mtpkdot.align_stage_loss(distance, *tasks), "align": distance}
 
     # An epoch is best where all three are good. The released code asks the joint one alone, which,
-    # trained in stage 1, is at its best before the adapters have learned.
+    # trained in stage 1, is at its best before the adapters have learned. 1e-4 is from there.
     names = ["joint_aligned", *TEACHERS[1:]]
     rates = {"joint": 1e-4, "adapters": run.lr_adapter, "heads": run.lr_adapter}
-    fit(run, "align", network, rates, run.epochs_align, embeddings(run), loss_of, scored=names)
+    fit(run, "align", network, rates, run.epochs_align, z, loss_of, scored=names)
 
 
 def student(run, method, z):
     """Stage 3. A student on visual input learns the task, and what its loss takes from a teacher.
 
-    All students start from the same weights and see the same batches. z are the embeddings of all
-    clips, (N, 2, D).
+    All students start from the same weights and see the same batches. z are all embeddings.
     """
     aligned, candidates, terms = METHODS[method]
     weights = {term: getattr(run, w) if isinstance(w, str) else w for term, w in terms.items()}
@@ -421,8 +424,9 @@ def student(run, method, z):
     full = network = models.Student(baseline.encoder, tnet.composed(), fusion).to(run.device)
     if method == "visual":  # whose z_s is z_v
         full = network = baseline
-    elif run.student_backbone == "frozen":  # the same network, on embeddings instead of clips
-        network, view = models.Student(nn.Identity(), full.tnet, fusion), z[:, 0]
+    if run.student_backbone == "frozen":  # the same network, on embeddings instead of clips
+        view, (_, *others) = z[:, 0], full.children()
+        network = type(full)(nn.Identity(), *others)
 
     # Its loss on a batch: pick the teacher, then add up the terms.
     def loss_of(rows, label, z_s, prediction):
@@ -459,10 +463,10 @@ def evaluate(args):
             lines = csv.writer(file, lineterminator="\n")
             lines.writerow(["name", *header])
             for row, values in zip(rows.tolist(), numbers.tolist()):
-                best = [names[np.argmax(values)]] * classes
+                best = [names[np.argmax(values)]] if classes else []
                 lines.writerow([name_of(row), *best, *values])
 
-    if data.label is not None:
+    if not args.predictions:
         if (data.task, data.names) != (saved["task"], names):
             refuse(f"{args.student} predicts {names}, not {data.names}")
         score = cell(task_score(data, prediction, rows))
@@ -504,8 +508,7 @@ def merged(reports, statistic):
     """Nested dicts merged into one: the statistic of every number that all of them have."""
     if not isinstance(reports[0], dict):
         return statistic(reports)
-    keys = [key for key in reports[0] if all(key in r for r in reports)]
-    keys = [key for key in keys if key not in ("seed", "fold")]
+    keys = [k for k in reports[0] if k not in ("seed", "fold") and all(k in r for r in reports)]
     return {key: merged([r[key] for r in reports], statistic) for key in keys}
 
 
@@ -586,13 +589,11 @@ def train_all(args):
 
     for run in runs:
         if args.fold in (-1, run.number):
-            teachers(run)
+            z = teachers(run)
             if args.stage != "teachers":
-                align(run)
-            if args.stage in ("all", "student"):
-                z = embeddings(run)  # once, as they are large
-                for method in args.method:
-                    student(run, method, z)
+                align(run, z)
+            for method in args.method if args.stage in ("all", "student") else ():
+                student(run, method, z)
     report(args, data, runs)
 
 
@@ -603,12 +604,12 @@ def main(argv=None):
         args = options(argv)
         evaluate(args) if args.student else train_all(args)
     except KeyboardInterrupt:
-        sys.exit("train.py: stopped; the same command goes on from the last epoch")
+        sys.exit("train.py: stopped; the same command goes on from what was saved")
     except (datasets.DataError, OSError, RuntimeError) as error:
         # A reading process's comes with its stack trace, whose last line is the message.
         text = str(error).rstrip().split("\n")[-1].removeprefix("data.DataError: ")
         if isinstance(error, RuntimeError):
-            if "memory" not in str(error):
+            if "allocate" not in str(error):
                 raise
             text = f"{text}; use a smaller --batch-size or --dim, or fewer --workers"
         print(f"train.py: {text}", file=sys.stderr)
