@@ -1,25 +1,21 @@
 """Tests of sinkhorn.py against things that know nothing of it: exact linear programmes, a textbook
 Sinkhorn in float64, finite differences and closed forms. Copied out with sinkhorn.py, they need
-torch, numpy, scipy and pytest; POT joins in where it is installed, CUDA where there is a device.
-`python test_sinkhorn.py` prints a benchmark beside geomloss and POT.
+torch, numpy, scipy and pytest; CUDA joins in where there is a device. `python test_sinkhorn.py`
+prints a benchmark beside geomloss and POT, which it needs.
 """
 
 import functools
 import itertools
 import math
 import os
-import subprocess
-import sys
 import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import linprog
 
-import sinkhorn
 from sinkhorn import entropic_ot, sinkhorn_divergence, sinkhorn_plan, sinkhorn_potentials
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -184,11 +180,13 @@ def test_divergence_of_equal_clouds_is_zero_with_zero_gradient(p):
 
 
 def plan_of(got, C, a, b, eps):
-    """The plan of these potentials, in float64, and its L1 marginal error."""
+    """The plan of these potentials, its L1 marginal error, and how much of that may be rounding."""
+    rounding = torch.finfo(got.f.dtype).eps * (1 + (got.f.abs().max() + got.g.abs().max()) / eps)
     f, g, C, a, b = (t.double() for t in (got.f, got.g, C, a, b))
     weights = a.log().unsqueeze(-1) + b.log().unsqueeze(-2)
     P = ((f.unsqueeze(-1) + g.unsqueeze(-2) - C) / eps + weights).exp()
-    return P, (P.sum(-1) - a).abs().sum(-1) + (P.sum(-2) - b).abs().sum(-1)
+    error = (P.sum(-1) - a).abs().sum(-1) + (P.sum(-2) - b).abs().sum(-1)
+    return P, error, float(rounding)
 
 
 @every_device
@@ -201,8 +199,7 @@ def test_marginals_and_reported_error(eps, dtype, device):
     assert got.f.shape == (3, 17) and got.g.shape == (3, 25)
     assert got.error.shape == got.converged.shape == (3,)
     assert bool(got.converged.all()) and float(got.error.max()) <= 1e-4
-    P, error = plan_of(got, C, a, b.expand(3, 25), eps)
-    rounding = 0 if dtype == F64 else 1e-7 / min(eps, 1)
+    P, error, rounding = plan_of(got, C, a, b.expand(3, 25), eps)
     assert float((error - got.error.double()).abs().max()) <= 1e-9 + rounding
     plan = sinkhorn_plan(C, a, b, eps=eps, max_iter=20_000)
     close(plan, P.to(dtype), rtol=1e-3, atol=1e-7)
@@ -345,13 +342,14 @@ def test_random_problems(part):
         same = (C.mT, b, a), permuted, (C + spread, a, b)
         others = [quietly(entropic_ot, *other, **settings) for other in same]
         others[2] = others[2][0] - spread, others[2][1]
-        got = quietly(sinkhorn_potentials, C, a, b, **settings)[0]
-        finite = [got.f, got.g, got.error, value, *(other for other, _ in others)]
-        assert all(bool(t.isfinite().all()) for t in finite), seed
-        _, error = plan_of(got, C, a, b, eps)
-        assert bool((got.converged == (got.error <= 1e-4)).all()), seed
-        off = float((error - got.error).abs().max())
-        assert off <= 1e-5 + 0.02 * float(error.max()), (seed, error, got.error)
+        for tol in (1e-1, 1e-2, 1e-3, 1e-4):
+            got = quietly(sinkhorn_potentials, C, a, b, **{**settings, "tol": tol})[0]
+            finite = [got.f, got.g, got.error, value, *(other for other, _ in others)]
+            assert all(bool(t.isfinite().all()) for t in finite), seed
+            _, error, rounding = plan_of(got, C, a, b, eps)
+            assert bool((got.converged == (got.error <= tol)).all()), seed
+            off = float((error - got.error).abs().max())
+            assert off <= 1e-6 + 1.1 * rounding, (seed, tol, error, got.error, rounding)
         if not bool(got.converged.all()):
             unsolved += 1
             continue
@@ -366,20 +364,8 @@ def test_random_problems(part):
     assert unsolved <= 0.2 * PROBLEMS / 10
 
 
-@pytest.mark.parametrize("tol", [1e-1, 1e-2, 1e-3])
-def test_a_loose_tolerance_is_kept_as_well(tol):
-    """In float32, whose exponents potentials leave within a few sweeps where eps is small."""
-    for seed in range(PROBLEMS // 2):
-        *problem, eps, _ = random_problem(seed)
-        C, a, b = (t.float() for t in problem)
-        if bool(((a > 0) & (a < 1e-20)).any() or ((b > 0) & (b < 1e-20)).any()):
-            continue  # the plan between two such points is not seen in a float32 sum
-        got = quietly(sinkhorn_potentials, C, a, b, eps=eps, tol=tol, max_iter=300)[0]
-        _, error = plan_of(got, C, a, b, eps)
-        assert bool(((error - got.error).abs() <= 0.06 * (error + tol)).all()), (seed, got.error)
-
-
 def test_random_divergences_are_not_negative_and_zero_on_equal_clouds():
+    unsolved = 0
     for seed in range(PROBLEMS // 4):
         g = np.random.default_rng(seed)
         n, m, d, dtype = *g.integers(1, 60, 2), g.integers(1, 5), [F32, F64][g.integers(2)]
@@ -387,12 +373,13 @@ def test_random_divergences_are_not_negative_and_zero_on_equal_clouds():
         p, eps = int(g.integers(1, 3)), 10 ** g.uniform(-3, 1)
         settings = dict(p=p, eps=eps, tol=1e-5, max_iter=2000)
         pairs = (x, y), (x, x.clone()), (y, x)
-        value, same, back = (
-            float(quietly(sinkhorn_divergence, *pair, **settings)[0]) for pair in pairs
-        )
+        results = [quietly(sinkhorn_divergence, *pair, **settings) for pair in pairs]
+        (value, warned), (same, _), (back, also) = results
         scale = float(torch.cdist(x, y).max()) ** p + eps
-        assert value >= -1e-4 * scale, (seed, value)
-        assert max(abs(same), abs(back - value)) <= 1e-4 * scale, (seed, value, same, back)
+        assert value >= -1e-4 * scale and abs(same) <= 1e-4 * scale, (seed, value, same)
+        unsolved += warned or also
+        assert warned or also or abs(back - value) <= 1e-4 * scale, (seed, value, back)
+    assert unsolved <= 0.02 * PROBLEMS / 4
 
 
 # ---- what users of other libraries ran into ------------------------------------------------------
@@ -406,42 +393,6 @@ def test_two_close_clouds_have_no_negative_divergence(p, dtype):
     for distance, eps in itertools.product((1e-6, 1e-4, 1e-2), (1e-3, 1e-2, 1)):
         value = sinkhorn_divergence(x, x + distance * step, p=p, eps=eps, max_iter=5000)
         assert float(value) >= -1e-6 * (1 if dtype == F32 else 0.1)
-
-
-@both_costs
-def test_costs_too_large_to_keep_give_the_same(p, monkeypatch):
-    """geomloss issue 68: for 25,000 points and more the cost is made in blocks."""
-    x, y, a, b = rand(1, 70, 4), rand(2, 90, 4) + 0.2, simplex(3, 70), simplex(4, 90)
-    settings = dict(eps=0.05, tol=1e-9, max_iter=5000)
-
-    def results():
-        inputs = [t.clone().requires_grad_() for t in (x, y, a)]
-        value = sinkhorn_divergence(*inputs, b, p=p, **settings)
-        plan = sinkhorn_plan(torch.cdist(x, y), a, b, **settings)
-        return value, *torch.autograd.grad(value, inputs), plan
-
-    kept = results()
-    monkeypatch.setattr(sinkhorn, "LARGEST", 100)
-    monkeypatch.setattr(sinkhorn, "BLOCK", 500)
-    close(kept, results(), rtol=1e-6, atol=1e-7)
-
-
-MEMORY = """
-import resource, torch; from sinkhorn import sinkhorn_divergence
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-before, g = peak(), torch.Generator().manual_seed(0)
-x, y = (torch.rand(20_000, 30, generator=g) / 30**0.5 for _ in range(2))
-sinkhorn_divergence(x.requires_grad_(), y, eps=0.1, tol=1e-2, debias=False).backward()
-print(peak() - before)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is in KiB there")
-def test_twenty_thousand_points_in_two_gigabytes():
-    folder, command = Path(sinkhorn.__file__).parent, [sys.executable, "-c", MEMORY]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert int(done.stdout) < 2 * 2**20  # KiB
 
 
 # ---- gradients -----------------------------------------------------------------------------------
@@ -523,28 +474,29 @@ def test_not_converging_warns_once_with_the_error_and_without_nan():
 
 
 C34, X32, AWAY = torch.ones(3, 4), torch.ones(3, 2), torch.ones(4, device="meta")
-TENSOR = "must be a non-empty floating point tensor of"
-WEIGHTS = "must be >= 0, with a positive total"
+TENSOR = "must be a finite, non-empty floating point tensor of"
+WEIGHTS = "must be >= 0, of positive total, of shape"
 BAD = [
-    (dict(C=torch.ones(3)), f"C {TENSOR} 2 dimensions or more, not torch.float32 of shape"),
-    (dict(C=np.ones((3, 4))), f"C {TENSOR} 2 dimensions or more, not ndarray"),
-    (dict(C=C34.long()), f"C {TENSOR} 2 dimensions or more, not torch.int64"),
-    (dict(C=torch.tensor([[1, math.inf]])), "C holds NaN or infinite"),
-    (dict(C=C34, a=torch.ones(4) / 4), f"a {WEIGHTS} and of shape"),
-    (dict(C=C34, b=torch.ones(2, 4) / 4), f"b {WEIGHTS} and of shape"),
-    (dict(C=C34, a=torch.tensor([0.5, 1, -0.5])), "a must be >= 0"),
+    (dict(C=torch.ones(3)), f"C {TENSOR} 2 dimensions or more, .* not tensor"),
+    (dict(C=np.ones((3, 4))), f"C {TENSOR} 2 dimensions or more, .* not array"),
+    (dict(C=C34.long()), f"C {TENSOR} 2 dimensions or more, .* not tensor"),
+    (dict(C=torch.tensor([[1, math.inf]])), f"C {TENSOR}"),
+    (dict(C=C34, a=torch.ones(4) / 4), f"a {WEIGHTS} .3.: tensor"),
+    (dict(C=C34, b=torch.ones(2, 4) / 4), f"b {WEIGHTS} .4.: tensor"),
+    (dict(C=C34, a=torch.tensor([0.5, 1, -0.5])), f"a {WEIGHTS}"),
     (dict(C=C34, b=torch.zeros(4)), f"b {WEIGHTS}"),
-    (dict(C=C34, b=torch.tensor([0.5, 0.5, math.nan, 0])), "b holds NaN"),
-    (dict(C=C34, b=AWAY), "b is on meta, the other arguments on cpu"),
-    (dict(C=C34, a=torch.ones(3)), "equal total mass, not 3 and 1"),
+    (dict(C=C34, b=torch.tensor([0.5, 0.5, math.nan, 0])), f"b {TENSOR}"),
+    (dict(C=C34, b=AWAY), f"b {TENSOR} .* on one device, not .*meta"),
+    (dict(C=C34, a=torch.ones(3)), "a and b must have equal total mass"),
     (dict(C=C34, eps=0), "eps must be positive"),
     (dict(C=C34, eps=math.nan), "eps must be positive"),
-    (dict(C=C34, eps=1e-42), "eps = 1e-42 is too small"),
+    (dict(C=C34, eps=1e-42), "costs from 1 to 1 are too large for eps = 1e-42"),
     (dict(C=C34, tol=-1), "tol >= 0"),
     (dict(C=C34, max_iter=0), "max_iter >= 1"),
-    (dict(x=X32, y=C34), "points of one dimension"),
-    (dict(x=X32.expand(5, 3, 2), y=X32.expand(4, 3, 2)), "broadcast, not .5, 3, 2. and .4, 3, 2."),
-    (dict(x=X32, y=X32 * 1e30), "too small for costs as large as"),
+    (dict(x=X32, y=C34), "x .3, 2. and y .3, 4. must broadcast, of one dimension"),
+    (dict(x=X32.expand(5, 3, 2), y=X32.expand(4, 3, 2)), ".4, 3, 2. must broadcast"),
+    (dict(x=X32, y=X32 * 1e30), "costs from 1e.60 to 1e.60 are too large"),
+    (dict(x=X32 * math.nan, y=X32), f"x {TENSOR}"),
     (dict(x=X32, y=X32, p=3), "p must be 1 or 2, not 3"),
 ]
 
@@ -560,7 +512,6 @@ def test_bad_input_is_named(arguments, message):
 # ---- python test_sinkhorn.py: ours beside other libraries ----------------------------------------
 
 ROUNDS, PATIENCE = 20, 15  # calls of a contender, as long as they take no more seconds in all
-ADEQUATE = 1e-3  # relative error of the value
 
 
 def benchmark(device):
@@ -568,103 +519,79 @@ def benchmark(device):
     threads = f"torch {torch.__version__}, {torch.get_num_threads()} threads; ours at tol 1e-2"
     numbers = f"{'ms':>30}{'value off':>11}{'gradient':>10}"
     print(f"{device}, {threads}\n{'problem':26}{'eps':>6}{numbers}")
-    batch = [torch.stack(side) for side in zip(*(unit_clouds(seed) for seed in range(64)))]
-    for name, problem in [
+    for name, clouds in [
         ("student's step, 128 x 30", similarity_clouds()),
         ("clouds of 1,024 x 30", unit_clouds(2, 1024)),
-        ("64 clouds of 128 x 30", batch),
-        ("raw cost 1,024 x 1,024", (rand(9, 1024, 1024),)),
         ("clouds of 4,096 x 30", unit_clouds(3, 4096)),
     ]:
-        if len(problem) == 2:
-            diameter = math.sqrt(float(half_squares(*problem).max()))
-            problem = [cloud / diameter for cloud in problem]
+        size = math.sqrt(float(half_squares(*clouds).max()))  # the largest cost becomes 1
         for eps in (0.1, 0.01, 0.001):
-            compare(f"{name:26}{eps:6g}", [t.to(device) for t in problem], eps)
+            compare(f"{name:26}{eps:6g}", [(t / size).to(device) for t in clouds], eps)
 
 
 def half_squares(x, y):
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist") ** 2 / 2
 
 
-def compare(name, problem, eps):
-    tol = 1e-10 if problem[0].shape[-2] <= 1024 else 1e-6
-    _, *want = timed(ours(problem, eps, tol, 100_000), problem)
-    single = [t.float() for t in problem]
-    contenders = {"ours": ours(single, eps, 1e-2, 1000), **peers(single, eps, want[0])}
+def compare(name, clouds, eps):
+    tol = 1e-10 if clouds[0].shape[-2] <= 1024 else 1e-6
+    _, *want = timed(ours(clouds[1], eps, tol, 100_000), clouds[0])
+    x, y = (t.float() for t in clouds)
+    contenders = {"ours": ours(y, eps, 1e-2, 1000), **peers(x, y, eps, want[0])}
     off, times = {}, {label: [] for label in contenders}
     for label, call in contenders.items():  # the first call is not counted
-        got = timed(call, single)[1:]
+        got = timed(call, x)[1:]
         off[label] = [float((g.double() - w).norm() / w.norm()) for g, w in zip(got, want)]
     for _ in range(ROUNDS):
         for label, call in contenders.items():
             if sum(times[label]) < PATIENCE:
-                times[label].append(timed(call, single)[0])
+                times[label].append(timed(call, x)[0])
     for label, (value, gradient) in off.items():
         numbers = f"{1e3 * np.median(times[label]):9.2f}{value:11.0e}{gradient:10.0e}"
         print(f"{name}  {label:19}{numbers}", flush=True)
 
 
-def ours(problem, eps, tol, max_iter):
+def ours(y, eps, tol, max_iter):
     settings = dict(eps=eps, tol=tol, max_iter=max_iter)
-    if len(problem) == 1:
-        return lambda C: entropic_ot(C, **settings)
-    return lambda x: sinkhorn_divergence(x, problem[1], **settings).sum()
+    return lambda x: sinkhorn_divergence(x, y, **settings)
 
 
-def peers(problem, eps, value):
-    """{name: function of the first tensor}; of POT the loosest tolerance with an adequate value."""
-    found = {}
-    for name in ("geomloss", "flash_sinkhorn") if len(problem) == 2 else ():
-        if name == "geomloss" or problem[0].is_cuda:
-            try:
-                kind = {"backend": "tensorized"} if name == "geomloss" else {}
-                samples = __import__(name).SamplesLoss
-                loss = samples("sinkhorn", p=2, blur=math.sqrt(eps), **kind)
-                found[name] = lambda x, loss=loss: loss(x, problem[1]).sum()
-            except ImportError:
-                print(name, "is not installed and left out")
-    try:
-        import ot
-    except ImportError:
-        print("POT is not installed and left out")
-        return found
+def peers(x, y, eps, value):
+    """{name: function of x}; of POT the loosest tolerance whose value is within 1e-3."""
+    import ot
+    from geomloss import SamplesLoss
+    loss = SamplesLoss("sinkhorn", p=2, blur=math.sqrt(eps), backend="tensorized")
     for tol in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6):
-        call = pot(ot, problem, eps, tol)
-        seconds, got, _ = timed(call, problem)
-        if abs(float(got) / float(value) - 1) <= ADEQUATE or seconds > PATIENCE / 3:
+        call = pot(ot, y, eps, tol)
+        seconds, got, _ = timed(call, x)
+        if abs(float(got) / float(value) - 1) <= 1e-3 or seconds > PATIENCE / 3:
             break
-    return {**found, f"POT, {tol:g}": call}
+    return {"geomloss": lambda x: loss(x, y), f"POT, {tol:g}": call}
 
 
-def pot(ot, problem, eps, tol):
+def pot(ot, y, eps, tol):
     settings = dict(reg=eps, max_iter=100_000, tol=tol, grad="envelope")
 
     def value(C):
-        if C.dim() == 3:
-            return ot.solve_batch(C, reg_type="kl", **settings).value.sum()
         a, b = (torch.full((n,), 1 / n, device=C.device) for n in C.shape)
         return ot.solve(C, a, b, reg_type="KL", **settings).value
 
-    if len(problem) == 1:
-        return value
-    y = problem[1]
     with warnings.catch_warnings(action="ignore"):
         itself = value(half_squares(y, y))  # does not change: not counted
     return lambda x: value(half_squares(x, y)) - (value(half_squares(x, x)) + itself) / 2
 
 
-def timed(call, problem):
+def timed(call, x):
     """Seconds of the forward and the backward pass, value, gradient."""
-    wait = torch.cuda.synchronize if problem[0].is_cuda else lambda: None
-    first = problem[0].clone().requires_grad_()
+    wait = torch.cuda.synchronize if x.is_cuda else lambda: None
+    x = x.clone().requires_grad_()
     with warnings.catch_warnings(action="ignore"):
         wait()
         start = time.perf_counter()
-        value = call(first)
+        value = call(x)
         value.backward()
         wait()
-        return time.perf_counter() - start, value.detach(), first.grad
+        return time.perf_counter() - start, value.detach(), x.grad
 
 
 if __name__ == "__main__":
