@@ -62,9 +62,7 @@ NAN[17, 3], INF[4, 0] = np.nan, 1e300  # infinite as a float32
 BAD = [
     ({"visual": None}, "must be .* plain arrays visual, privileged, label .'visual is not a file"),
     ({"privileged": None}, "must be .*'privileged is not a file"),
-    ({"visual": np.float64(3)}, "must be a .npz file of plain arrays visual"),
     ({"visual": BAD_KIND}, "must be a .npz file of plain arrays"),
-    ({"visual": np.ones((40, 0))}, "visual must be"),
     ({"visual": NAN}, "visual row 17 holds NaN"),
     ({"privileged": INF}, "privileged row 4 holds"),
     ({"label": np.ones(40)}, r"label must be \(N,\) integers"),
@@ -72,7 +70,6 @@ BAD = [
     ({"group": np.arange(3)}, "group must be .*N = 40, not int64 .3,"),
     ({"group": np.ones(40)}, r"group must be \(N,\) integers or strings"),
     ({"split": np.array(["train"] * 39 + ["test"])}, "split row 39 holds"),
-    ({"split": np.ones((40, 2))}, r"split must be \(N,\)"),
 ]
 
 

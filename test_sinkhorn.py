@@ -87,7 +87,7 @@ def squared_cost(x, y):
     return ((x[:, None] - y[None]) ** 2).sum(-1) / 2
 
 
-# ---- values, against the exact and the float64 ---------------------------------------------------
+# ---- values, against the exact and the float64 ----
 
 
 @pytest.mark.parametrize("n, m", [(1, 1), (7, 7), (5, 11), (12, 3)])
@@ -146,7 +146,7 @@ def test_hard_problem_against_float64(dtype):
     assert (plan.double() - P).norm() <= 1e-3 * P.norm()
 
 
-# ---- closed forms --------------------------------------------------------------------------------
+# ---- closed forms ----
 
 
 def test_two_by_two_closed_form():
@@ -176,7 +176,7 @@ def test_divergence_of_equal_clouds_is_zero_with_zero_gradient(p):
         assert abs(value.item()) < 1e-12 and float(grad.abs().max()) < 1e-8
 
 
-# ---- the laws of the problem ---------------------------------------------------------------------
+# ---- the laws of the problem ----
 
 
 def plan_of(got, C, a, b, eps):
@@ -292,7 +292,7 @@ def test_coincident_and_single_points(p, debias):
     close(sinkhorn_divergence(*single, p=p, debias=debias), want)
 
 
-# ---- random problems -----------------------------------------------------------------------------
+# ---- random problems ----
 
 
 def random_problem(seed):
@@ -382,7 +382,7 @@ def test_random_divergences_are_not_negative_and_zero_on_equal_clouds():
     assert unsolved <= 0.02 * PROBLEMS / 4
 
 
-# ---- what users of other libraries ran into ------------------------------------------------------
+# ---- what users of other libraries ran into ----
 
 
 @both_types
@@ -395,7 +395,7 @@ def test_two_close_clouds_have_no_negative_divergence(p, dtype):
         assert float(value) >= -1e-6 * (1 if dtype == F32 else 0.1)
 
 
-# ---- gradients -----------------------------------------------------------------------------------
+# ---- gradients ----
 
 
 def test_gradcheck_cost_and_weights():
@@ -427,7 +427,7 @@ def test_second_derivatives_are_refused():
         torch.autograd.grad(entropic_ot(C, eps=0.1), C, create_graph=True)
 
 
-# ---- kinds of tensors, bad input, no convergence -------------------------------------------------
+# ---- kinds of tensors, bad input, no convergence ----
 
 
 @every_device
@@ -509,7 +509,7 @@ def test_bad_input_is_named(arguments, message):
             function(**arguments)
 
 
-# ---- python test_sinkhorn.py: ours beside other libraries ----------------------------------------
+# ---- python test_sinkhorn.py: ours beside other libraries ----
 
 ROUNDS, PATIENCE = 20, 15  # calls of a contender, as long as they take no more seconds in all
 
