@@ -194,10 +194,10 @@ def load(run, name):
     path, mine = run.folder / f"{name}.pt", origin(run, name)
     saved = read(path) if path.exists() else {"origin": mine}
     theirs = saved.get("origin", {})
-    pairs = [(f"--{key.replace('_', '-')}", theirs.get(key), mine[key]) for key in mine]
-    differ = [f"{option} ({their}, now {my})" for option, their, my in pairs if their != my]
+    differ = [key for key in mine if theirs.get(key) != mine[key]]
     if differ:
-        refuse(f"{path} is of a run with other {', '.join(differ)}; use another --out")
+        pairs = [f"--{k.replace('_', '-')} ({theirs.get(k)}, now {mine[k]})" for k in differ]
+        refuse(f"{path} is of a run with other {', '.join(pairs)}; use another --out")
     return saved
 
 
@@ -465,8 +465,7 @@ def evaluate(args):
             for row, values in zip(rows.tolist(), numbers.tolist()):
                 best = [names[np.argmax(values)]] if classes else []
                 lines.writerow([name_of(row), *best, *values])
-
-    if not args.predictions:
+    else:
         if (data.task, data.names) != (saved["task"], names):
             refuse(f"{args.student} predicts {names}, not {data.names}")
         score = cell(task_score(data, prediction, rows))
