@@ -44,9 +44,6 @@ class Encoder(nn.Module):
         return self.layers((x - self.mean) / self.std)
 
 
-# ---- backbones for raw input --------------------------------------------------------------------
-
-
 def shortcut(conv, norm, inputs, outputs, stride):
     """The way past a block's convolutions: the identity, or, where shapes differ, a projection."""
     if stride == 1 and inputs == outputs:
@@ -170,9 +167,6 @@ def backbone(shape, dim=DIM, width=64, amp="off", dropout=0.0):
     return R3D18(dim, width, amp) if len(shape) == 4 else ResNet18(dim, width, amp)
 
 
-# ---- parts of teachers and student --------------------------------------------------------------
-
-
 class Single(nn.Module):
     """A backbone with a head, (B, ...) -> z (B, D), prediction (B, K). Source: released code."""
 
@@ -190,6 +184,14 @@ class Adapter(nn.Sequential):
 
     def __init__(self, dim=DIM):
         super().__init__(nn.Linear(dim, dim // 2), nn.Linear(dim // 2, dim))
+
+    @torch.no_grad()
+    def start(self, z):
+        """Become the projection onto the D / 2 main directions of z (N, D). Source: ours."""
+        main = torch.linalg.eigh(z.mT @ z).eigenvectors[:, -self[0].out_features :]
+        for layer, weight in zip(self, (main.mT, main)):
+            layer.weight.copy_(weight)
+            layer.bias.zero_()
 
 
 class TNet(nn.Sequential):

@@ -61,7 +61,6 @@ NAN, INF = np.ones((40, 5)), np.ones((40, 5))
 NAN[17, 3], INF[4, 0] = np.nan, 1e300  # infinite as a float32
 BAD = [
     ({"visual": None}, "must be .* plain arrays visual, privileged, label .'visual is not a file"),
-    ({"privileged": None}, "must be .*'privileged is not a file"),
     ({"visual": BAD_KIND}, "must be a .npz file of plain arrays"),
     ({"visual": NAN}, "visual row 17 holds NaN"),
     ({"privileged": INF}, "privileged row 4 holds"),
@@ -77,8 +76,6 @@ BAD = [
 def test_mistakes_are_named(tmp_path):
     for keys, message in BAD:
         refused(f"f.npz: {message}", features, written(tmp_path, **keys))
-    refused("data/features: must be a .npz file.*No such file", features, None)
-    refused("data/affwild2: no annotations/Train_Set", read, "affwild2", None)
     refused("--data: synthetic data has no file", read, "synthetic", "a.npz")
 
 
@@ -113,8 +110,6 @@ def test_folds_share_nobody_and_a_fifth_of_the_people_is_set_aside(tmp_path):
         people = [set(group[rows]) for rows in (train, choose, val)]
         assert [len(part) for part in people] == [12, 3, 5] and len(set.union(*people)) == 20
     assert parts[0][2].tolist() != folds(data, 4, seed=2)[0][2].tolist()
-    uneven = data._replace(group=np.repeat(np.arange(15), np.arange(1, 16)))
-    assert sorted(len(val) for _, _, val in folds(uneven, 4)) == [24, 28, 32, 36]  # largest first
     refused("fold 20 has .* 0 scored rows: use more data or fewer", folds, data, 21)
 
 

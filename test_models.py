@@ -51,7 +51,11 @@ def test_attention_and_fusion_are_their_formulas_clip_by_clip():
 def test_tnet_and_adapter_have_the_published_widths_and_composed_is_all_of_tnet():
     assert [m.in_features for m in models.TNet()] == [512, 2048, 1024, 512, 256, 512, 1024, 2048]
     assert [m.in_features for m in models.Adapter()] == [512, 256]
-    net, x = built(models.TNet, 16).double(), normal(30, 16).double()
+    x, adapter = normal(30, 16), models.Adapter(16)
+    adapter.start(x)  # the nearest matrix of rank 8
+    u, s, v = np.linalg.svd(x.numpy(), full_matrices=False)
+    close(adapter(x), torch.from_numpy(u[:, :8] * s[:8] @ v[:8]), 1e-5)
+    net, x = built(models.TNet, 16).double(), x.double()
     composed = net.composed()
     close((x, composed(x)), net(x), 1e-10)
     assert not any(p.requires_grad for p in composed.parameters()) and net[0].weight.requires_grad

@@ -86,7 +86,7 @@ OPTIONS = {
     ],
     "align": [
         ("epochs-align", 40, "at the least"),
-        ("lr-adapter", 2e-3, "learning rate, of the heads too"),
+        ("lr-adapter", 5e-4, "learning rate, of the heads too"),
     ],
     "student": [
         ("student-backbone", ("finetune", "frozen"), "the visual backbone in stage 3"),
@@ -221,9 +221,7 @@ def headline(score):
 
 def forward(run, network, view, batches):
     """Yield each batch of rows, and the network's outputs for it: embeddings, predictions (B, ...).
-
-    view[rows] is read on the host, raw data by --workers processes.
-    """
+    view[rows] is read on the host, raw data by --workers processes."""
     how = {"batch_size": None, "sampler": [rows.tolist() for rows in batches]}
     how["generator"] = torch.Generator()  # so that reading draws nothing from the run's
     if not torch.is_tensor(view):
@@ -251,8 +249,7 @@ def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, score
     view     what the network takes: a view of the data set, or embeddings
     loss_of  (rows, label, outputs...) -> dict of scalars, of which "loss" is minimised
     score    (data, predictions for rows, rows) -> a model's score
-    scored   names of the models in the network, where they are several; the mean of their scores
-             chooses the epoch
+    scored   names of the models in the network, where they are several; the last epoch is kept
     full     the network that is saved, where `network` is only a part of it
     """
     saved = {"history": [], "best": -math.inf, **load(run, name)}
@@ -293,9 +290,9 @@ def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, score
             for term, value in terms.items():
                 means[term] = means.get(term, 0) + value.detach() * (len(rows) / len(run.train))
 
-        # Score it on the rows that choose the epoch, and keep the best.
+        # Score it on the rows that choose the epoch, and keep the best (of stage 2 the last).
         now = float(np.mean([headline(value) for value in scores_of(run.choose).values()]))
-        if now > saved["best"]:
+        if now > saved["best"] or len(scored) > 1:
             weights = {key: t.cpu().clone() for key, t in full.state_dict().items()}
             saved.update(best=now, weights=weights)
 
@@ -308,7 +305,7 @@ def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, score
         place = f"seed {run.seed}  fold {run.number}  {name:<26}  epoch {epoch:>3}/{epochs}"
         print(f"{place}  loss {row['loss']:.4f}  score {now:.4f}", flush=True)
 
-    # Score the best epoch on the validation rows. Save all that is needed to use it.
+    # Score the kept epoch on the validation rows. Save all that is needed to use it.
     full.load_state_dict(saved["weights"])
     final = {"weights": saved["weights"], "history": saved["history"], **run.about}
     save(run, name, {**final, "scores": scores_of(run.val)})
@@ -374,11 +371,20 @@ def teachers(run):
     return z
 
 
+def all_teachers(run, adapters):
+    """The three teachers as stage 1 left them, without adapters or with untrained ones."""
+    network = models.Teachers(run.dim, len(run.data.names), run.dropout, adapters)
+    network.joint.load_state_dict(load(run, "teachers_joint")["weights"])
+    for view in VIEWS:
+        network.heads[view] = single(run, view, trained=True).head
+    return network.to(run.device)
+
+
 def align(run, z):
     """Stage 2. Adapters pull both single embeddings to the joint one, and the joint one to them."""
-    seed_everything(run, "align")
-    network = models.Teachers(run.dim, len(run.data.names), run.dropout).to(run.device)
-    network.joint.load_state_dict(load(run, "teachers_joint")["weights"])
+    network = all_teachers(run, adapters=True)
+    for i, view in enumerate(VIEWS):
+        network.adapters[view].start(z[run.train, i])
 
     # The distance of the embeddings, and the task of all three teachers.
     def loss_of(rows, label, embeddings, predictions):
@@ -387,8 +393,8 @@ def align(run, z):
         tasks = [mtpkdot.task_loss(said, label) for said in predictions.unbind(1)]
         return {"loss": mtpkdot.align_stage_loss(distance, *tasks), "align": distance}
 
-    # An epoch is best where all three are good. The released code asks the joint one alone, which,
-    # trained in stage 1, is at its best before the adapters have learned. 1e-4 is from there.
+    # All three start as good teachers. Scores would choose an epoch before they are alike, so the
+    # last is kept. 1e-4 is from the released code.
     names = ["joint_aligned", *TEACHERS[1:]]
     rates = {"joint": 1e-4, "adapters": run.lr_adapter, "heads": run.lr_adapter}
     fit(run, "align", network, rates, run.epochs_align, z, loss_of, scored=names)
@@ -405,14 +411,9 @@ def student(run, method, z):
     transport["debias"] = run.ot == "debiased"
 
     # The three teachers: those of stage 2, or those that stage 1 left, without adapters.
-    teacher_net = models.Teachers(run.dim, len(run.data.names), adapters=aligned)
+    teacher_net = all_teachers(run, adapters=aligned).eval()
     if aligned:
         teacher_net.load_state_dict(load(run, "align")["weights"])
-    else:
-        teacher_net.joint.load_state_dict(load(run, "teachers_joint")["weights"])
-        for view in VIEWS:
-            teacher_net.heads[view] = single(run, view, trained=True).head
-    teacher_net.to(run.device).eval()
     columns = [TEACHERS.index(teacher) for teacher in candidates]
 
     # The student: the visual backbone of stage 1, T-Net, and a fusion of its own.
