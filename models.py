@@ -87,7 +87,7 @@ class Residual18(nn.Module):
 
     The first stage is `width` wide, 64 at full size; each later one doubles that and halves the
     resolution. Initial weights are torchvision's (He et al., fan out). With `amp` "on", or "auto"
-    and input on a GPU that has it, it computes in bfloat16 by autocast, and gives float32.
+    and input on a GPU with bfloat16, it computes in that by autocast, and gives float32.
     """
 
     def __init__(self, block, dim, width, amp):
@@ -187,7 +187,7 @@ class Adapter(nn.Sequential):
 
     @torch.no_grad()
     def start(self, z):
-        """Become the projection onto the D / 2 main directions of z (N, D). Source: ours."""
+        """Become the projection to rank D / 2 that loses least of z (N, D). Source: ours."""
         main = torch.linalg.eigh(z.mT @ z).eigenvectors[:, -self[0].out_features :]
         for layer, weight in zip(self, (main.mT, main)):
             layer.weight.copy_(weight)
@@ -195,8 +195,8 @@ class Adapter(nn.Sequential):
 
 
 class TNet(nn.Sequential):
-    """Visual embedding z_v (..., D) -> z_v, as networks give an embedding and what they make of
-    it; hallucinated privileged embedding (..., D). Source: released code.
+    """Visual embedding z_v (..., D) -> z_v and the hallucinated privileged embedding (..., D): a
+    pair, as of other networks embedding and prediction. Source: released code.
 
     An autoencoder without activations, at D = 512 of 512-2048-1024-512-256-512-1024-2048-512.
     """
@@ -309,7 +309,7 @@ def load_student(saved):
     It takes input (B, *saved["input_shape"]) as the data set has it: vectors unstandardised, frames
     as bytes. It gives z_s (B, D) and predictions (B, K): logits of the classes saved["names"], or
     values of the columns of those names. It computes in float32. Raises KeyError or RuntimeError
-    on a file that does not fit; that of a teacher of one view may.
+    on a file that does not fit; teachers_visual.pt fits too.
     """
     dim, outputs = saved["origin"]["dim"], len(saved["names"])
     encoder = backbone(saved["input_shape"], dim, saved["origin"]["width"])

@@ -81,7 +81,7 @@ def align_stage_loss(align, task_joint, task_visual, task_privileged):
 
 
 def choose_teacher(losses):
-    """Index, a tensor, of the least of the losses (n,) on the batch, in the order of TEACHERS.
+    """Index, a tensor, of the least of the candidates' losses (n,) on the batch.
 
     The joint teacher is fallen back on where neither single one does better: it is the first of
     equals. Source: abstract, to avoid negative transfer; per batch, as in the released code.
@@ -90,7 +90,7 @@ def choose_teacher(losses):
 
 
 def similarity(z):
-    """S(z): cosine similarity of every pair of rows, (B, D) -> (B, B). A row of zeros has none."""
+    """S(z): cosine similarity of every pair of rows, (B, D) -> (B, B). A row of zeros gives 0."""
     z = F.normalize(z, dim=-1)
     return z @ z.T
 
@@ -98,7 +98,7 @@ def similarity(z):
 def anchors(S_t, k=30, which="most"):
     """For every row the columns of its k "most" or "least" similar clips, as the teacher sees them.
 
-    (B, B) -> (B, k), in order of similarity; a batch smaller than k gives all its columns. Source:
+    (B, B) -> (B, k), in order of similarity, the clip itself included; all if k is above B. Source:
     PKDOT's abstract speaks of top-k anchors that capture local structure, which reads as "most";
     the released code takes "least". Raises ValueError on any other word.
     """

@@ -86,7 +86,7 @@ OPTIONS = {
     ],
     "align": [
         ("epochs-align", 40, "at the least"),
-        ("lr-adapter", 5e-4, "learning rate, of the heads too"),
+        ("lr-adapter", 2e-4, "learning rate, of the heads too"),
     ],
     "student": [
         ("student-backbone", ("finetune", "frozen"), "the visual backbone in stage 3"),
@@ -249,7 +249,7 @@ def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, score
     view     what the network takes: a view of the data set, or embeddings
     loss_of  (rows, label, outputs...) -> dict of scalars, of which "loss" is minimised
     score    (data, predictions for rows, rows) -> a model's score
-    scored   names of the models in the network, where they are several; the last epoch is kept
+    scored   names of the models, where the network holds several; then the last epoch is kept
     full     the network that is saved, where `network` is only a part of it
     """
     saved = {"history": [], "best": -math.inf, **load(run, name)}
@@ -275,7 +275,7 @@ def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, score
         for key, part in parts.items():
             part.load_state_dict(saved[key])
     for epoch in range(len(saved["history"]) + 1, epochs + 1):
-        # Train on every row once, in an order that is that of every other network.
+        # Train on every row once, in the order that every network gets.
         seed_everything(run, epoch)
         network.train()
         order = run.train[torch.randperm(len(run.train))].tensor_split(steps)
@@ -372,7 +372,7 @@ def teachers(run):
 
 
 def all_teachers(run, adapters):
-    """The three teachers as stage 1 left them, without adapters or with untrained ones."""
+    """The joint teacher and the heads of stage 1, with adapters that are yet to start, or none."""
     network = models.Teachers(run.dim, len(run.data.names), run.dropout, adapters)
     network.joint.load_state_dict(load(run, "teachers_joint")["weights"])
     for view in VIEWS:
@@ -393,7 +393,7 @@ def align(run, z):
         tasks = [mtpkdot.task_loss(said, label) for said in predictions.unbind(1)]
         return {"loss": mtpkdot.align_stage_loss(distance, *tasks), "align": distance}
 
-    # All three start as good teachers. Scores would choose an epoch before they are alike, so the
+    # All three start good. Scores would choose an epoch before their embeddings are alike, so the
     # last is kept. 1e-4 is from the released code.
     names = ["joint_aligned", *TEACHERS[1:]]
     rates = {"joint": 1e-4, "adapters": run.lr_adapter, "heads": run.lr_adapter}
@@ -403,7 +403,7 @@ def align(run, z):
 def student(run, method, z):
     """Stage 3. A student on visual input learns the task, and what its loss takes from a teacher.
 
-    All students start from the same weights and see the same batches. z are all embeddings.
+    All but `visual` start from the same weights, all see the same batches. z: all embeddings.
     """
     aligned, candidates, terms = METHODS[method]
     weights = {term: getattr(run, w) if isinstance(w, str) else w for term, w in terms.items()}
@@ -444,7 +444,7 @@ def student(run, method, z):
 
 
 def evaluate(args):
-    """Score a saved student on visual input, and write what it predicts."""
+    """Score a saved student on visual input, or write what it predicts."""
     network, saved = read(args.student, lambda saved: (models.load_student(saved), saved))
     names, classes = saved["names"], saved["task"] == "classification"
     data = datasets.load(args, need_privileged=False, need_label=not args.predictions)
