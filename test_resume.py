@@ -78,14 +78,14 @@ def test_a_signal_ends_the_run_and_tells_how_to_go_on(workers, number, small, tm
     if workers:
         pytest.importorskip("PIL")
         tree = __import__("test_raw").affwild2_tree(tmp_path / "tree")
-        (tree / "annotations/Validation_Set/faceless.txt").unlink()  # a warning names it
+        (tree / "annotations/Validation_Set/faceless.txt").unlink()  # it warns
         small = whole(tmp_path, *RAW, "--dataset", "affwild2", "--data", tree, "--workers", 1)
     folder = tmp_path / "run"
     done = stopped(small, folder, number, 0.7 * small.seconds)
     assert "same command" in one_line(done, 1)
-    before = contents(folder, "teachers_p*")
+    before = contents(folder, "fold0/teachers_p*")
     assert_goes_on(small, folder)
-    assert before and contents(folder, "teachers_p*").items() >= before.items()
+    assert before and contents(folder, "fold0/teachers_p*").items() >= before.items()
 
 
 def test_a_folder_of_other_arguments_or_data_is_refused(small, tmp_path):
