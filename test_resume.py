@@ -78,7 +78,7 @@ def test_a_signal_ends_the_run_and_tells_how_to_go_on(workers, number, small, tm
     if workers:
         pytest.importorskip("PIL")
         tree = __import__("test_raw").affwild2_tree(tmp_path / "tree")
-        (tree / "annotations/Validation_Set/faceless.txt").unlink()  # it warns
+        (tree / "annotations/Validation_Set/faceless.txt").unlink()  # warns
         small = whole(tmp_path, *RAW, "--dataset", "affwild2", "--data", tree, "--workers", 1)
     folder = tmp_path / "run"
     done = stopped(small, folder, number, 0.7 * small.seconds)
