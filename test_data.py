@@ -110,6 +110,8 @@ def test_folds_share_nobody_and_a_fifth_of_the_people_is_set_aside(tmp_path):
         people = [set(group[rows]) for rows in (train, choose, val)]
         assert [len(part) for part in people] == [12, 3, 5] and len(set.union(*people)) == 20
     assert parts[0][2].tolist() != folds(data, 4, seed=2)[0][2].tolist()
+    uneven = data._replace(group=np.repeat(np.arange(15), np.arange(1, 16)))
+    assert sorted(len(val) for _, _, val in folds(uneven, 4)) == [24, 28, 32, 36]  # largest first
     refused("fold 20 has .* 0 scored rows: use more data or fewer", folds, data, 21)
 
 

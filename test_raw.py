@@ -154,6 +154,8 @@ MISTAKES = [  # files or folders; how they are damaged, None to remove them; the
     (SOUND, lambda wav: wav[:28] + EIGHT_BITS + wav[36:], "wav file of 16 bits.*uint8 at 16000"),
     (NOTES, lambda text: b"", 'left.txt: must be "valence,arousal", then two numbers a line'),
     (NOTES, lambda text: text[16:], r"left.txt: must be .*\(line 1\)"),
+    (NOTES, lambda text: text + b"0\n", "left.txt: must be .*row 4"),
+    (NOTES, lambda text: text + b"\n0,0\n", "left.txt: must be .*row 4"),
     (NOTES, lambda text: text + b"0,1.5\n", r"left.txt: must be .*\(line 5\)"),
     (NOTES, lambda text: text + b"0,nan\n", r"left.txt: must be .*\(line 5\)"),
     ("frames/*/*-PA4-*", None, "no frames/[*]/[*]-PA4-[*] in it"),
