@@ -1,5 +1,4 @@
-"""Feature files, the synthetic data and folds: what is read is what was written, nobody is on both
-sides, mistakes are named."""
+"""Feature files, the synthetic data, folds, and mistakes in them."""
 
 from argparse import Namespace
 

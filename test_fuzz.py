@@ -13,7 +13,7 @@ from test_train import go, two_view
 
 BASE = ["--epochs", 1, "--dim", 4, "--width", 1, "--workers", 0, "--fold", 0]
 FOREIGN = [b"", b"\x89PNG\r\n", b"RIFF\xff\xff\xff\xffWAVE", b"PK\x03\x04", b"\x93NUMPY", b"a,b\n"]
-KINDS = ["f2", "i1", "u8", "c8", "?", "O", ">f8", "S5", "U5"]
+KINDS = "f2 i1 u8 c8 ? O >f8 S5 U5".split()
 CELLS = ["nan", "1e400", "-5", "", "x", "2", "\0", "é", "9" * 5000, "1\t1", "1,1", "\n"]
 
 

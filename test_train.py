@@ -1,4 +1,4 @@
-"""train.py from end to end, small: what it saves, what its scores are of, eval, mistakes."""
+"""train.py from end to end, small: files, scores, eval, mistakes."""
 
 import csv
 import json
@@ -28,11 +28,9 @@ SMALL = ["--dim", 8, "--batch-size", 32, "--updates", 3, "--device", "cpu"]  # t
 for name in ("backbone", "joint", "align", "student"):
     SMALL += [f"--epochs-{name}", 1]
 RAW = ["--epochs", 1, "--dim", 16, "--width", 2, "--clip-stride", 12]
-TEACHERS = ["visual", "privileged", "joint", "joint_aligned"]
-TEACHERS += ["adapted_visual", "adapted_privileged"]
-METHODS = ["unaligned", "no-centroid", "joint", "visual", "privileged"]
-METHODS = ["mtpkdot", *(f"mtpkdot-{name}" for name in METHODS), "pkdot"]
-METHODS += ["mse", "cosine", "rkd", "kd", "task", "visual"]
+TEACHERS = "visual privileged joint joint_aligned adapted_visual adapted_privileged".split()
+METHODS = """mtpkdot mtpkdot-unaligned mtpkdot-no-centroid mtpkdot-joint mtpkdot-visual
+mtpkdot-privileged pkdot mse cosine rkd kd task visual""".split()
 
 
 def as_script(argv, folder, said, limit):
@@ -62,7 +60,10 @@ def go(*argv, folder=".", send=9, after=60, limit=None):
         with LOCK:
             process.start()
         if not connection.wait([process.sentinel], after):
-            os.kill(process.pid, send)
+            try:
+                os.kill(process.pid, send)
+            except ProcessLookupError:  # it has just ended
+                pass
         connection.wait([process.sentinel])
         with LOCK:
             process.join()

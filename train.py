@@ -371,19 +371,23 @@ def teachers(run):
     return z
 
 
-def all_teachers(run, adapters):
-    """The joint teacher and the heads of stage 1, with adapters that are yet to start, or none."""
-    network = models.Teachers(run.dim, len(run.data.names), run.dropout, adapters)
-    network.joint.load_state_dict(load(run, "teachers_joint")["weights"])
-    for view in VIEWS:
-        network.heads[view] = single(run, view, trained=True).head
+def all_teachers(run, aligned):
+    """The three teachers as stage 2 left them, or, without adapters, stage 1."""
+    network = models.Teachers(run.dim, len(run.data.names), run.dropout, aligned)
+    if aligned:
+        network.load_state_dict(load(run, "align")["weights"])
+    else:
+        network.joint.load_state_dict(load(run, "teachers_joint")["weights"])
+        for view in VIEWS:
+            network.heads[view] = single(run, view, trained=True).head
     return network.to(run.device)
 
 
 def align(run, z):
     """Stage 2. Adapters pull both single embeddings to the joint one, and the joint one to them."""
-    network = all_teachers(run, adapters=True)
+    network = all_teachers(run, aligned=False)
     for i, view in enumerate(VIEWS):
+        network.adapters[view] = models.Adapter(run.dim).to(run.device)
         network.adapters[view].start(z[run.train, i])
 
     # The distance of the embeddings, and the task of all three teachers.
@@ -406,15 +410,11 @@ def student(run, method, z):
     All but `visual` start from the same weights, all see the same batches. z: all embeddings.
     """
     aligned, candidates, terms = METHODS[method]
+    teacher_net = all_teachers(run, aligned).eval()
+    columns = [TEACHERS.index(teacher) for teacher in candidates]
     weights = {term: getattr(run, w) if isinstance(w, str) else w for term, w in terms.items()}
     transport = {"k": run.k, "which": run.anchors, "shift": run.shift == "min", "eps": run.eps}
     transport["debias"] = run.ot == "debiased"
-
-    # The three teachers: those of stage 2, or those that stage 1 left, without adapters.
-    teacher_net = all_teachers(run, adapters=aligned).eval()
-    if aligned:
-        teacher_net.load_state_dict(load(run, "align")["weights"])
-    columns = [TEACHERS.index(teacher) for teacher in candidates]
 
     # The student: the visual backbone of stage 1, T-Net, and a fusion of its own.
     seed_everything(run, "student")
