@@ -108,7 +108,7 @@ def anchors(S_t, k=30, which="most"):
 
 
 def ot_loss(
-    S_t, S_s, k=30, which="most", shift=False, eps=0.01, debias=True, tol=1e-2, max_iter=300
+    S_t, S_s, k=30, which="most", shift=False, eps=0.01, debias=True, tol=1e-2, max_iter=1000
 ):
     """Entropic optimal transport between the rows of the teacher's and the student's similarities.
 

@@ -73,6 +73,7 @@ def sinkhorn_divergence(x, y, a=None, b=None, p=2, eps=0.01, debias=True, tol=1e
     p         2: cost |x - y|^2 / 2.  1: cost |x - y|
     eps       in units of the cost: for p = 2 the square of geomloss's `blur`, for p = 1 its blur
     debias    False gives OT(x, y) alone; True gives 0 for equal clouds and, up to tol, never less
+    tol       from 1e-3 on, float32 clouds with p = 2 stay float32 on a CPU
 
     Differentiable, once, in x, y, a and b; a distance of zero has the gradient zero.
     """
@@ -81,16 +82,18 @@ def sinkhorn_divergence(x, y, a=None, b=None, p=2, eps=0.01, debias=True, tol=1e
     if p not in (1, 2):
         raise ValueError(f"p must be 1 or 2, not {p!r}")
     batch = zip(x.shape[-3::-1], y.shape[-3::-1])
-    if x.shape[-1] != y.shape[-1] or any(1 != i != j != 1 for i, j in batch):
+    if x.shape[-1] != y.shape[-1] or any(i != j and 1 not in (i, j) for i, j in batch):
         raise ValueError(f"x {[*x.shape]} and y {[*y.shape]} must broadcast, of one dimension")
     inputs, transports = (x, y, a, b), []
     dtype = torch.promote_types(torch.result_type(x, y), torch.float32)
     batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     a, b = _weights("a", a, (*batch, x.shape[-2]), x), _weights("b", b, (*batch, y.shape[-2]), x)
     x, y = (t.detach().double().expand(*batch, -1, -1) for t in (x, y))
-    # float32 is twice as fast; autocast would make it bfloat16.
-    kind = dtype if tol >= 1e-3 and not torch.is_autocast_enabled(x.device.type) else torch.float64
-    x, y = ((t - x.mean(-2, True)).to(kind) for t in (x, y))  # large coordinates would cancel
+    x, y = (t - x.mean(-2, True) for t in (x, y))  # large coordinates would cancel
+    largest = float(x.square().sum(-1).max() + y.square().sum(-1).max())  # no cost is larger
+    exact = p == 1 or tol < 1e-3 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
+    if not exact and eps / 10 <= largest <= 4000 * eps:  # float32 does, twice as fast
+        x, y = x.to(dtype), y.to(dtype)
 
     def between(x, y, a, b, symmetric=False):
         """Value, and its gradients in x, a, y and b."""
@@ -100,7 +103,7 @@ def sinkhorn_divergence(x, y, a=None, b=None, p=2, eps=0.01, debias=True, tol=1e
         t = _Transport(C, a, b, eps, tol, max_iter, symmetric)
         transports.append(t)
         # The gradient of |x - y|^2 / 2 is x - y, that of |x - y| is (x - y) / |x - y|.
-        P = (t.P if p == 2 else t.P.div_(C).nan_to_num_(0, 0, 0)).to(x.dtype)
+        P = t.P if p == 2 else t.P.div_(C).nan_to_num_(0, 0, 0)
         of_x = P.sum(-1, True) * x - P @ y
         of_y = of_x if symmetric else P.sum(-2).unsqueeze(-1) * y - P.mT @ x
         return t.value, of_x, t.f, of_y, t.g
@@ -145,24 +148,23 @@ class _Transport:
     how many they take without it."""
 
     def __init__(self, C, a, b, eps, tol, max_iter, symmetric=False):
-        if not (0 < eps < math.inf and tol >= 0 and max_iter >= 1):
+        if not (0 < eps < math.inf and 0 <= tol < math.inf and max_iter >= 1):
             raise ValueError("eps must be positive, tol >= 0 and max_iter >= 1")
         low, high = torch.stack(C.aminmax()).tolist()
         if not max(-low, high) <= eps * torch.finfo(torch.float32).max:
             raise ValueError(f"costs from {low:g} to {high:g} are too large for eps = {eps}")
-        C = C.double() if max(-low, high) > 2000 * eps else C  # float32 rounds exponents by 3e-4
         slack = max(1e-5, *(2 * torch.finfo(w.dtype).eps for w in (a, b)))  # half types
-        a, b = a.to(C.dtype), b.to(C.dtype)
-        total = a.sum(-1, True)
-        if not float((total / b.sum(-1, True) - 1).abs().max()) <= slack:
+        total, other = (w.double().sum(-1, True) for w in (a, b))
+        if not float((total / other - 1).abs().max()) <= slack:
             raise ValueError("a and b must have equal total mass")
-        self.a, self.b = ((w / w.sum(-1, True)).clamp_min(1e-20) for w in (a, b))  # 0 has no log
+        least = 1e-30 + 1e-10 * tol  # as 0 has no log
+        self.a, self.b = (w.to(C.dtype).clamp_min(least) for w in (a / total, b / other))
         self.C, self.K, self.symmetric = C, torch.empty_like(C), symmetric
         self.reach = 0.85 * math.log(torch.finfo(C.dtype).max)  # of exponents
-        self.f, self.g = torch.full_like(a, low), torch.zeros_like(b)
+        self.f, self.g = torch.full_like(self.a, low), torch.zeros_like(self.b)
         self.anneal(eps, 0 if symmetric else (high - low) / 8)
         self.iterate(tol, int(max_iter))
-        self.P = self.K.mul_((self.u * (a > 0) * total).mT).mul_(self.v * (b > 0))  # 1e-20 is 0
+        self.P = self.K.mul_((self.u * (a > 0)).mT).mul_(self.v * (b > 0) * total.to(C.dtype))
         self.absorb()
         mean_f, mean_g = (self.a * self.f).sum(-1, True), (self.b * self.g).sum(-1, True)
         dual = mean_f + mean_g - eps * (self.rows.sum(-1, True) - 1)
@@ -185,7 +187,7 @@ class _Transport:
         self.eps = eps
         f, g = self.f / eps + self.a.log(), self.g / eps + self.b.log()
         torch.add(f.mT, g, out=self.K).sub_(self.C, alpha=1 / eps)
-        self.K.clamp_(-self.reach, self.reach).exp_()  # only points of no weight pass 0
+        self.K.clamp_(-self.reach, self.reach).exp_()
         self.u, self.v = torch.ones_like(f), torch.ones_like(g)
 
     def absorb(self):
@@ -242,15 +244,13 @@ def _tuned(omega, rate):
     return min(1.99, max(omega, 2 / (1 + math.sqrt(1 - rho))))  # 2 never converges
 
 
-def _of_cost(C, a, b, eps, tol, max_iter):
-    """The transport, and the type of results."""
+def _of_cost(C, a, b, *settings):
+    """The transport of checked input, and the type of the results."""
     _check("C", C, 2, C)
     a, b = _weights("a", a, C.shape[:-1], C), _weights("b", b, C[..., 0, :].shape, C)
-    dtype = torch.promote_types(C.dtype, torch.float32)
-    kind = dtype if tol >= 1e-3 and not torch.is_autocast_enabled(C.device.type) else torch.float64
-    transport = _Transport(C.detach().to(kind), a, b, eps, tol, max_iter)
+    transport = _Transport(C.detach().double(), a, b, *settings)
     _warn([transport], stacklevel=4)
-    return transport, dtype
+    return transport, torch.promote_types(C.dtype, torch.float32)
 
 
 def _weights(name, w, shape, like):

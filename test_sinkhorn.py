@@ -119,17 +119,18 @@ def reference_divergence(clouds, eps):
 @every_device
 @both_types
 @pytest.mark.parametrize("eps", [1, 0.1, 0.01])
+@pytest.mark.parametrize("tol", [1e-5, 1e-3])
 @pytest.mark.parametrize("clouds", [similarity_clouds, unit_clouds])
-def test_divergence_and_gradient_against_float64_run_to_1e_9(clouds, eps, dtype, device):
+def test_divergence_and_gradient_against_float64_run_to_1e_9(clouds, tol, eps, dtype, device):
     x, y, *wanted = reference_divergence(clouds, eps)
     for debias, (want, *gradients) in enumerate(wanted):
         p, q = (t.to(device, dtype, copy=True).requires_grad_() for t in (x, y))
-        value = sinkhorn_divergence(p, q, eps=eps, debias=bool(debias))
+        value = sinkhorn_divergence(p, q, eps=eps, debias=bool(debias), tol=tol)
         value.backward()
         assert value.dtype == p.grad.dtype == dtype
-        assert abs(value.item() - want) <= 1e-5 * abs(want)
+        assert abs(value.item() - want) <= tol * abs(want)
         for got, gradient in zip((p.grad, q.grad), gradients):
-            assert (got.double().cpu() - gradient).norm() <= 1e-4 * gradient.norm()
+            assert (got.double().cpu() - gradient).norm() <= 10 * tol * gradient.norm()
 
 
 @both_types
@@ -248,9 +249,6 @@ def test_shift_and_scale_laws():
         many = sinkhorn_potentials(C, mass * a, mass * b, **settings)
         assert bool(many.converged) and float(many.error) <= 1e-10 * mass
         close(sinkhorn_plan(C, mass * a, mass * b, **settings), mass * plan)
-    mirrored = sinkhorn_potentials(C.T, b, a, eps=0.05, tol=1e-11)
-    straight = sinkhorn_potentials(C, a, b, eps=0.05, tol=1e-11)
-    close(mirrored.g, straight.f, rtol=0, atol=1e-9)
 
 
 @both_types
@@ -376,6 +374,8 @@ def test_random_divergences_are_not_negative_and_zero_on_equal_clouds():
         (value, warned), (same, _), (back, also) = results
         scale = float(torch.cdist(x, y).max()) ** p + eps
         assert value >= -1e-4 * scale and abs(same) <= 1e-4 * scale, (seed, value, same)
+        loose, _ = quietly(sinkhorn_divergence, x.float(), y.float(), **{**settings, "tol": 1e-3})
+        assert abs(loose - value) <= 1e-3 * scale, (seed, value, loose)
         unsolved += warned or also
         assert warned or also or abs(back - value) <= 1e-4 * scale, (seed, value, back)
     assert unsolved <= 0.02 * PROBLEMS / 4
@@ -475,11 +475,12 @@ def test_not_converging_warns_once_with_the_error_and_without_nan():
 
 C34, X32, AWAY = torch.ones(3, 4), torch.ones(3, 2), torch.ones(4, device="meta")
 TENSOR = "must be a finite, non-empty floating point tensor of"
+COST = f"C {TENSOR} 2 dimensions or more, .*"
 WEIGHTS = "must be >= 0, of positive total, of shape"
 BAD = [
-    (dict(C=torch.ones(3)), f"C {TENSOR} 2 dimensions or more, .* not tensor"),
-    (dict(C=np.ones((3, 4))), f"C {TENSOR} 2 dimensions or more, .* not array"),
-    (dict(C=C34.long()), f"C {TENSOR} 2 dimensions or more, .* not tensor"),
+    (dict(C=torch.ones(3)), f"{COST} not tensor"),
+    (dict(C=np.ones((3, 4))), f"{COST} not array"),
+    (dict(C=C34.long()), f"{COST} not tensor"),
     (dict(C=torch.tensor([[1, math.inf]])), f"C {TENSOR}"),
     (dict(C=C34, a=torch.ones(4) / 4), f"a {WEIGHTS} .3.: tensor"),
     (dict(C=C34, b=torch.ones(2, 4) / 4), f"b {WEIGHTS} .4.: tensor"),
