@@ -85,7 +85,8 @@ def features(path, need_privileged, need_label):
     needed = ["visual"] + ["privileged"] * need_privileged + ["label"] * need_label
     with reading(path, f"must be a .npz file of plain arrays {', '.join(needed)}"):
         with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in KEYS if key in needed or key in file.files}
+            extra = [key for key in ("group", "split") if key in file.files]
+            arrays = {key: file[key] for key in [*needed, *extra]}
         count = len(arrays["visual"])
 
     # Check each array, and make vectors (N, F) of numbers.

@@ -92,7 +92,7 @@ def sinkhorn_divergence(x, y, a=None, b=None, p=2, eps=0.01, debias=True, tol=1e
     x, y = (t - x.mean(-2, True) for t in (x, y))  # large coordinates would cancel
     largest = float(x.square().sum(-1).max() + y.square().sum(-1).max())  # no cost is larger
     exact = p == 1 or tol < 1e-3 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
-    if not exact and eps / 10 <= largest <= 4000 * eps:  # float32 does, twice as fast
+    if not exact and eps / 10 <= largest <= 4000 * eps:  # float32, twice as fast
         x, y = x.to(dtype), y.to(dtype)
 
     def between(x, y, a, b, symmetric=False):

@@ -62,11 +62,11 @@ OPTIONS = {
         ("workers", min(8, os.cpu_count() or 1), "processes that read raw data"),
     ],
     "data": [
-        ("dataset", ("synthetic", "features", "affwild2", "biovid"), "which data, see README"),
+        ("dataset", ("synthetic", "features", "affwild2", "biovid"), "data, with its own defaults"),
         ("seed", 0, "of folds, initial weights and batches"),
         ("folds", 0, "number of folds; 0 is the data's own split, or 5"),
         ("select", ("train", "val"), "who chooses epochs: a fifth of the training people, or val"),
-        ("train-rows", 0, "to train on and choose by, in each fold; 0 is all"),
+        ("train-rows", 0, "of a fold to train on and choose by; 0 is all"),
         ("clip-stride", 1, "affwild2: a clip for every N-th frame"),
         ("batch-size", 128, "clips of a batch, at most"),
         ("updates", 200, "of every network, at the least"),
@@ -186,11 +186,11 @@ def read(path, use=dict):
         return use(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a damaged or foreign file can raise anything
         reason = " ".join(f"{type(error).__name__}, {error}".split())[:200]
-        refuse(f"{path}: missing, damaged or another file ({reason})")
+        refuse(f"{path}: missing, damaged or another file: mend or delete it ({reason})")
 
 
 def load(run, name):
-    """What the file of this name holds, at least its origin. One of another origin is refused."""
+    """What the file of this name holds, or, of none, its origin. Another origin is refused."""
     path, mine = run.folder / f"{name}.pt", origin(run, name)
     saved = read(path) if path.exists() else {"origin": mine}
     theirs = saved.get("origin", {})
@@ -229,7 +229,7 @@ def forward(run, network, view, batches):
     for rows, x in zip(batches, DataLoader(view, **how)):
         outputs = network(x.to(run.device, non_blocking=True))
         if not all((t.abs() < 1e15).all() for t in outputs):  # so that squares are finite
-            refuse("outputs are NaN or too large; what was saved stays; lower an --lr-...")
+            refuse("outputs are NaN or too large: lower an --lr-..., with another --out")
         yield rows, outputs
 
 
@@ -242,7 +242,7 @@ def predict(run, network, view, rows):
 
 
 def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, scored=None, full=None):
-    """Train with Adam, at rates that fall to 0, and leave the best epoch in the file `name`.
+    """Train with Adam, at rates that fall to 0, and leave the kept epoch in the file `name`.
 
     rate     learning rate, or {part of the network: learning rate}
     epochs   at the least, as --updates may ask for more
@@ -551,12 +551,12 @@ def show(args, data, result):
         if model not in ("tnet", "students", "teacher_picks"):
             print(f"{model.replace('_', ' '):<30}{cell(means[model], errors[model])}")
     for method, value in means["students"].items():
-        line = f"student {method:<22}{cell(value, errors['students'][method]):<30}"
+        line = f"student {method:<22}{cell(value, errors['students'][method]):<28}"
         for other in ("task", "visual"):
             gap = result[f"less_{other}"].get(method)
             if gap:
                 mean, low, high = (100 * end for end in gap.values())
-                line += f"less {other} {mean:+.1f} [{low:+.1f}, {high:+.1f}]   "
+                line += f"  less {other} {mean:+.1f} [{low:+.1f}, {high:+.1f}]"
         print(line.rstrip())
     if picks:
         shares = (f"{teacher.replace('_', ' ')} {share:.0%}" for teacher, share in picks.items())
