@@ -86,8 +86,8 @@ class Residual18(nn.Module):
     """Both 18-layer networks: four stages of two blocks, the mean over positions, a linear layer.
 
     The first stage is `width` wide, 64 at full size; each later one doubles that and halves the
-    resolution. Initial weights are torchvision's (He et al., fan out). With `amp` "on", or "auto"
-    and input on a GPU with bfloat16, it computes in that by autocast, and gives float32.
+    resolution. Initial weights are torchvision's (He et al., fan out). With `amp`, and on a GPU
+    with bfloat16, it computes in that by autocast, and gives float32.
     """
 
     def __init__(self, block, dim, width, amp):
@@ -105,8 +105,7 @@ class Residual18(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):
-        has_it = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
-        on = self.amp == "on" or (self.amp == "auto" and has_it)
+        on = self.amp and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=on):
             x = self.layer4(self.layer3(self.layer2(self.layer1(self.stem_of(x)))))
             return self.fc(x.flatten(2).mean(-1)).to(self.fc.weight.dtype)
@@ -115,7 +114,7 @@ class Residual18(nn.Module):
 class ResNet18(Residual18):
     """Spectrogram (B, channels, H, W) -> (B, dim). Source: released code; He et al. (2016)."""
 
-    def __init__(self, dim=DIM, width=64, amp="off", channels=1):
+    def __init__(self, dim=DIM, width=64, amp=False, channels=1):
         super().__init__(ResidualBlock, dim, width, amp)
         self.conv1 = nn.Conv2d(channels, width, 7, 2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -131,7 +130,7 @@ class R3D18(Residual18):
     Bytes are scaled to 0..1 and normalised as ImageNet's images are; floats are taken as they are.
     """
 
-    def __init__(self, dim=DIM, width=64, amp="off"):
+    def __init__(self, dim=DIM, width=64, amp=False):
         super().__init__(ResidualBlock3d, dim, width, amp)
         conv = nn.Conv3d(3, width, (3, 7, 7), (1, 2, 2), padding=(1, 3, 3), bias=False)
         self.stem = nn.Sequential(conv, nn.BatchNorm3d(width), nn.ReLU())
@@ -160,7 +159,7 @@ def load_published(network, published):
     network.load_state_dict(published)
 
 
-def backbone(shape, dim=DIM, width=64, amp="off", dropout=0.0):
+def backbone(shape, dim=DIM, width=64, amp=False, dropout=0.0):
     """An untrained backbone for a vector (F,), a clip (3, T, H, W) or a spectrogram (1, H, W)."""
     if len(shape) == 1:
         return Encoder(shape[0], dim, dropout)

@@ -1,4 +1,4 @@
-"""Feature files, the synthetic data, folds, and mistakes in them."""
+"""Feature files, synthetic data and folds."""
 
 from argparse import Namespace
 

@@ -1,4 +1,4 @@
-"""Damaged input ends in success or in one line and exit code 2, within ten seconds."""
+"""Damaged input ends in success or in one line and exit code 2, in 10 s."""
 
 import io
 import random

@@ -1,4 +1,4 @@
-"""Raw data in the layouts of Aff-Wild2 and BioVid: small trees of real JPEG, wav and csv files."""
+"""Aff-Wild2 and BioVid: small trees of real JPEG, wav and csv files."""
 
 import re
 import shutil

@@ -354,7 +354,7 @@ def test_raw_data_from_files_to_predictions(dataset, tmp_path):
     tree, student = tmp_path / "tree", tmp_path / "fold0/student_mtpkdot.pt"
     if dataset == "affwild2":
         test_raw.affwild2_tree(tree)
-        more = ["--amp", "on", "--workers", 1]
+        more = ["--workers", 1]
     else:
         test_raw.biovid_tree(tree, people=4, clips=1)
         more = ["--folds", 2, "--fold", 0, "--workers", 0]

@@ -81,7 +81,7 @@ OPTIONS = {
         ("lr-backbone", 1e-3, "learning rate"),
         ("lr-joint", 5e-4, "learning rate"),
         ("lr-tnet", 5e-4, "learning rate"),
-        ("amp", ("auto", "on", "off"), "bfloat16 in 18-layer networks; auto: on new GPUs"),
+        ("amp", ("auto", "off"), "auto: bfloat16 in 18-layer networks on GPUs that have it"),
         ("dropout", 0.25, "of hidden units of vectors, and of whole embeddings at the fusion"),
     ],
     "align": [
@@ -314,7 +314,7 @@ def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, score
 def single(run, view, trained=False, dropout=0.0):
     """The network of one view, a backbone with a head: of stage 1, or as it starts."""
     source, published = getattr(run.data, view), getattr(run, f"{view}_weights")
-    encoder = models.backbone(source.shape[1:], run.dim, run.width, run.amp, dropout)
+    encoder = models.backbone(source.shape[1:], run.dim, run.width, run.amp == "auto", dropout)
     network = models.Single(encoder, nn.Linear(run.dim, len(run.data.names)))
     if trained:
         network.load_state_dict(load(run, f"teachers_{view}")["weights"])
