@@ -359,7 +359,7 @@ def folds(data, k=0, seed=0, train_rows=0, set_aside=False):
 
     k folds, or of 0 the data's own split, or 5 if it has none. Nobody is both trained on and scored
     (ours; the released code splits by clip). train_rows, or of 0 all, are drawn from the training
-    part. set_aside takes a fifth of its people to choose by; else the scored rows do (the paper).
+    part. set_aside takes a fifth of its people to choose by; else scored rows do (released code).
     """
     person = np.arange(len(data.label)) if data.group is None else data.group
     if k or data.split is None:
@@ -385,7 +385,7 @@ def folds(data, k=0, seed=0, train_rows=0, set_aside=False):
         if data.task == "classification":
             wanted = [*(f"class {name}" for name in data.names), "a second class"]
             for label in set(range(max(2, len(data.names)))) - set(data.label[train].tolist()):
-                raise DataError(f"fold {i} trains on no row of {wanted[label]}: try other --folds")
+                raise DataError(f"fold {i} trains on no row of {wanted[label]}: use other --folds")
         result.append(tuple(torch.from_numpy(rows) for rows in (train, choose, val)))
     return result
 

@@ -195,7 +195,7 @@ class Adapter(nn.Sequential):
 
 class TNet(nn.Sequential):
     """Visual embedding z_v (..., D) -> z_v and the hallucinated privileged embedding (..., D): a
-    pair, as of other networks embedding and prediction. Source: released code.
+    pair, as other networks give embedding and prediction. Source: released code.
 
     An autoencoder without activations, at D = 512 of 512-2048-1024-512-256-512-1024-2048-512.
     """

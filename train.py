@@ -102,7 +102,7 @@ OPTIONS = {
         ("w-centroid", 0.02, "weight of the centroid in it"),
     ],
 }
-# The least of numbers. Where it is not named, it is 1 of whole numbers and 0 of others.
+# The least values. Where none is named, it is 1 of whole numbers and 0 of others.
 LEAST = dict.fromkeys(["epochs", "workers", "seed", "folds", "train_rows", "updates"], 0)
 LEAST |= {"fold": -1, "batch_size": 2, "eps": 1e-9}
 DEFAULTS = {  # of a --dataset or a --preset, where they differ from those above
@@ -256,7 +256,7 @@ def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, score
     if "scores" in saved:
         return
 
-    # Batches of nearly equal size: the similarities within a runt of two clips would mean nothing.
+    # Batches of nearly equal size, two clips at least: similarities in a runt would mean nothing.
     steps = min(math.ceil(len(run.train) / run.batch_size), len(run.train) // 2)
     epochs = max(epochs, math.ceil(run.updates / steps))
     rates = rate if isinstance(rate, dict) else {"": rate}  # of which "" is the whole
