@@ -66,7 +66,7 @@ OPTIONS = {
         ("seed", 0, "of folds, initial weights and batches"),
         ("folds", 0, "number of folds; 0 is the data's own split, or 5"),
         ("select", ("train", "val"), "who chooses epochs: a fifth of the training people, or val"),
-        ("train-rows", 0, "of a fold to train on and choose by; 0 is all"),
+        ("train-rows", 0, "rows of a fold to train on and choose by; 0 is all"),
         ("clip-stride", 1, "affwild2: a clip for every N-th frame"),
         ("batch-size", 128, "clips of a batch, at most"),
         ("updates", 200, "of every network, at the least"),
@@ -186,7 +186,7 @@ def read(path, use=dict):
         return use(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a damaged or foreign file can raise anything
         reason = " ".join(f"{type(error).__name__}, {error}".split())[:200]
-        refuse(f"{path}: missing, damaged or another file: mend or delete it ({reason})")
+        refuse(f"{path}: missing, damaged or another file ({reason})")
 
 
 def load(run, name):
