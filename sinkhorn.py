@@ -90,16 +90,16 @@ def sinkhorn_divergence(x, y, a=None, b=None, p=2, eps=0.01, debias=True, tol=1e
     a, b = _weights("a", a, (*batch, x.shape[-2]), x), _weights("b", b, (*batch, y.shape[-2]), x)
     x, y = (t.detach().double().expand(*batch, -1, -1) for t in (x, y))
     x, y = (t - x.mean(-2, True) for t in (x, y))  # large coordinates would cancel
-    largest = float(x.square().sum(-1).max() + y.square().sum(-1).max())  # no cost is larger
     exact = p == 1 or tol < 1e-3 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
-    if not exact and eps / 10 <= largest <= 4000 * eps:  # float32, twice as fast
-        x, y = x.to(dtype), y.to(dtype)
+    if not exact and eps / 10 <= x.square().sum(-1).max() + y.square().sum(-1).max() <= 4000 * eps:
+        x, y = x.to(dtype), y.to(dtype)  # in float32, as no cost is above that sum
 
     def between(x, y, a, b, symmetric=False):
         """Value, and its gradients in x, a, y and b."""
-        C = (x @ -y.mT).add_(x.square().sum(-1, True) / 2).add_(y.square().sum(-1, True).mT / 2)
         if p == 1:
             C = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+        else:
+            C = (x @ -y.mT).add_(x.square().sum(-1, True) / 2).add_(y.square().sum(-1, True).mT / 2)
         t = _Transport(C, a, b, eps, tol, max_iter, symmetric)
         transports.append(t)
         # The gradient of |x - y|^2 / 2 is x - y, that of |x - y| is (x - y) / |x - y|.
