@@ -5,6 +5,7 @@
     Frames, Sounds, Signals   views in files
     affwild2, biovid   the paper's data, as their holders ship them
     folds      TwoView -> rows to train on, to choose epochs by, and to score
+    batches    a view read ahead, batch by batch
 """
 
 import contextlib
@@ -24,9 +25,9 @@ from scipy.signal import resample_poly, spectrogram
 from torch.utils.data import DataLoader, Dataset
 
 AFFECT = ["valence", "arousal"]
-BIOVID_LEVELS = ["BL1", "PA4"]  # the classes; there are PA1, PA2 and PA3 too
+BIOVID_LEVELS = ["BL1", "PA4"]  # the classes, of BL1, PA1 ... PA4
 BIOVID_SIGNAL = "emg_corrugator"  # or gsr, ecg, emg_trapezius, emg_zygomaticus
-KEYS = {  # of a .npz file: an array's number of dimensions and kind, as a pattern and in words
+KEYS = {  # of a .npz file: an array's dimensions and kind, as a pattern and in words
     "visual": ("[1-9][biuf]", "(N, ...) numbers"),
     "privileged": ("[1-9][biuf]", "(N, ...) numbers"),
     "label": ("1[biu]|2f", "(N,) integers or (N, K) floats"),
@@ -198,7 +199,7 @@ class Frames(RawView):
         for place in np.linspace(0, len(numbers) - 1, self.shape[2]).round().astype(int):
             path = folder / f"{self.prefix}{numbers[place]:05d}.jpg"
             with reading(path, "not a JPEG that Pillow (pip install pillow) can read"):
-                from PIL import Image  # here, as other data need no Pillow
+                from PIL import Image
 
                 image = Image.open(path).convert("RGB").resize((112, 112))
             images.append(np.asarray(image))
@@ -238,7 +239,7 @@ def log_mel(sound):
     """Log-mel spectrogram of sound at 44.1 kHz, (n,) in [-1, 1] -> (64, 1 + n // 441) float16.
 
     Window of 20 ms, hop of 10 ms, 64 mel bands, decibels, (x + 14.8) / 19.895. Source: the lab's
-    Aff-Wild2 code; float16 is ours: an hour takes 46 MB.
+    Aff-Wild2 code; float16 is ours.
     """
     # Triangles (64, 513), evenly spaced on the mel scale 2595 log10(1 + f / 700).
     corners = 700 * (10 ** np.linspace(0, math.log10(1 + 22_050 / 700), 66) - 1)
@@ -293,7 +294,7 @@ def affwild2(root, need_privileged, need_label, stride, workers, progress):
             continue
         before = np.searchsorted(present, ends[:, None] - np.arange(28, -1, -4), side="right") - 1
         frames, training = present[before.clip(min=0)], file.parent.name == "Train_Set"
-        same = [[value] * len(ends) for value in (folder, sound, training)]  # for all clips
+        same = [[value] * len(ends) for value in (folder, sound, training)]
         videos.append((*same, frames, ends / len(label), label[ends - 1]))
     if not videos:
         raise DataError(f"{root}: no annotated frame with a face in any video")
@@ -382,10 +383,6 @@ def folds(data, k=0, seed=0, train_rows=0, set_aside=False):
         if min(len(train), len(choose), len(val)) < 2:
             counts = f"{len(train)} training, {len(choose)} choosing and {len(val)} scored rows"
             raise DataError(f"fold {i} has {counts}: use more data or fewer --folds")
-        if data.task == "classification":
-            wanted = [*(f"class {name}" for name in data.names), "a second class"]
-            for label in set(range(max(2, len(data.names)))) - set(data.label[train].tolist()):
-                raise DataError(f"fold {i} trains on no row of {wanted[label]}: use other --folds")
         result.append(tuple(torch.from_numpy(rows) for rows in (train, choose, val)))
     return result
 
@@ -399,6 +396,14 @@ def _fold_of(data, person, k, seed):
     fold_of = np.empty(len(key), dtype=int)
     fold_of[shuffled[np.argsort(key[shuffled], kind="stable")]] = np.arange(len(key)) % k
     return fold_of[person]
+
+
+def batches(view, batches, workers, pin_memory):
+    """Yield view[rows] for each batch of rows; workers read raw views."""
+    how = {"generator": torch.Generator()}  # reading draws nothing from the run's
+    if not torch.is_tensor(view):
+        how.update(num_workers=workers, pin_memory=pin_memory)
+    return DataLoader(view, batch_size=None, sampler=[rows.tolist() for rows in batches], **how)
 
 
 def digest(*values):

@@ -9,6 +9,7 @@
     Fusion    both embeddings -> joint embedding and prediction
     Teachers  both embeddings -> the three teachers a student may follow
     Student   visual input -> embedding and prediction: all that is left at test time
+    gathered  outputs for a batch that several processes share
     load_student   a trained student, from what train.py saved
 
 B batch, T steps or frames, D = 512 embedding size, K outputs: classes or regressed values.
@@ -16,16 +17,14 @@ Docstrings name the source: "released code" is what the authors' code does, "our
 """
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 DIM = 512
 
 
 class Encoder(nn.Module):
     """Feature vector (B, inputs) -> (B, dim): standardise, then Linear-ReLU-Linear. Source: ours.
-
-    Mean and standard deviation are saved with the weights: a student takes raw vectors.
-    """
+    Mean and standard deviation are saved with the weights: a student takes raw vectors."""
 
     def __init__(self, inputs, dim=DIM, dropout=0.0):
         super().__init__()
@@ -84,15 +83,12 @@ class ResidualBlock3d(nn.Module):
 
 class Residual18(nn.Module):
     """Both 18-layer networks: four stages of two blocks, the mean over positions, a linear layer.
-
     The first stage is `width` wide, 64 at full size; each later one doubles that and halves the
-    resolution. Initial weights are torchvision's (He et al., fan out). With `amp`, and on a GPU
-    with bfloat16, it computes in that by autocast, and gives float32.
-    """
+    resolution. Initial weights are torchvision's (He et al., fan out). It trains in bfloat16 by
+    autocast on a GPU that has it, and gives float32."""
 
-    def __init__(self, block, dim, width, amp):
+    def __init__(self, block, dim, width):
         super().__init__()
-        self.amp = amp
         for stage, stride in enumerate((1, 2, 2, 2)):
             inputs, outputs = width * 2 ** max(stage - 1, 0), width * 2**stage
             layer = nn.Sequential(block(inputs, outputs, stride), block(outputs, outputs, 1))
@@ -105,7 +101,7 @@ class Residual18(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):
-        on = self.amp and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        on = self.training and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=on):
             x = self.layer4(self.layer3(self.layer2(self.layer1(self.stem_of(x)))))
             return self.fc(x.flatten(2).mean(-1)).to(self.fc.weight.dtype)
@@ -114,8 +110,8 @@ class Residual18(nn.Module):
 class ResNet18(Residual18):
     """Spectrogram (B, channels, H, W) -> (B, dim). Source: released code; He et al. (2016)."""
 
-    def __init__(self, dim=DIM, width=64, amp=False, channels=1):
-        super().__init__(ResidualBlock, dim, width, amp)
+    def __init__(self, dim=DIM, width=64, channels=1):
+        super().__init__(ResidualBlock, dim, width)
         self.conv1 = nn.Conv2d(channels, width, 7, 2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.initialise()
@@ -126,12 +122,10 @@ class ResNet18(Residual18):
 
 class R3D18(Residual18):
     """Clip of T frames (B, 3, T, H, W) -> (B, dim). Source: released code; Tran et al. (2018).
+    Bytes are scaled to 0..1 and normalised as ImageNet's images; floats are taken as they are."""
 
-    Bytes are scaled to 0..1 and normalised as ImageNet's images are; floats are taken as they are.
-    """
-
-    def __init__(self, dim=DIM, width=64, amp=False):
-        super().__init__(ResidualBlock3d, dim, width, amp)
+    def __init__(self, dim=DIM, width=64):
+        super().__init__(ResidualBlock3d, dim, width)
         conv = nn.Conv3d(3, width, (3, 7, 7), (1, 2, 2), padding=(1, 3, 3), bias=False)
         self.stem = nn.Sequential(conv, nn.BatchNorm3d(width), nn.ReLU())
         imagenet = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1, 1)
@@ -159,11 +153,11 @@ def load_published(network, published):
     network.load_state_dict(published)
 
 
-def backbone(shape, dim=DIM, width=64, amp=False, dropout=0.0):
+def backbone(shape, dim=DIM, width=64, dropout=0.0):
     """An untrained backbone for a vector (F,), a clip (3, T, H, W) or a spectrogram (1, H, W)."""
     if len(shape) == 1:
         return Encoder(shape[0], dim, dropout)
-    return R3D18(dim, width, amp) if len(shape) == 4 else ResNet18(dim, width, amp)
+    return R3D18(dim, width) if len(shape) == 4 else ResNet18(dim, width)
 
 
 class Single(nn.Module):
@@ -267,10 +261,8 @@ class Fusion(nn.Module):
 
 class Teachers(nn.Module):
     """The three teachers of a student: joint, adapted visual, adapted privileged, in this order.
-
     z_v and z_p as (B, 2, D) -> embeddings (B, 3, D), predictions (B, 3, K). Without adapters each
-    single teacher is a head on its embedding, as in stage 1. Source: released code.
-    """
+    single teacher is a head on its embedding, as in stage 1. Source: released code."""
 
     def __init__(self, dim, outputs, dropout=0.0, adapters=True):
         super().__init__()
@@ -288,10 +280,8 @@ class Teachers(nn.Module):
 
 class Student(nn.Module):
     """All that inference needs: visual backbone, T-Net for the missing modality, its own fusion.
-
     Visual input (B, ...) -> embedding z_s (B, D), prediction (B, K). `tnet` is T-Net as one linear
-    layer. With nn.Identity as `encoder` the input is z_v (B, D). Source: released code.
-    """
+    layer. With nn.Identity as `encoder` the input is z_v (B, D). Source: released code."""
 
     def __init__(self, encoder, tnet, fusion):
         super().__init__()
@@ -300,6 +290,16 @@ class Student(nn.Module):
     def forward(self, visual):
         z_v = self.encoder(visual)
         return self.fusion(torch.stack([z_v, self.tnet(z_v)], dim=1))
+
+
+def gathered(part, count):
+    """Outputs (count, ...) for a batch, of which each process of torchrun has computed a part.
+    One's own gets the gradient, times their number: DistributedDataParallel takes the mean."""
+    rank, processes = distributed.get_rank(), distributed.get_world_size()
+    mine = torch.arange(count, device=part.device).tensor_split(processes)[rank]
+    whole = part.new_zeros(count, *part.shape[1:]).index_copy(0, mine, part.detach())
+    distributed.all_reduce(whole)
+    return whole.index_copy(0, mine, processes * part - (processes - 1) * part.detach())
 
 
 def load_student(saved):

@@ -31,8 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy import stats
-from torch import nn
-from torch.utils.data import DataLoader
+from torch import distributed, nn
 from tqdm import tqdm
 
 import data as datasets
@@ -43,6 +42,8 @@ from mtpkdot import METHODS, TEACHERS
 DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
 VIEWS = ("visual", "privileged")
 STAGES = ("teachers", "align", "student")
+# Under torchrun each process computes a part of every batch, and the first saves and prints.
+PROCESSES, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 
 # ---- options ----
 # Of each section: (name, default, meaning). A tuple is all that can be chosen, the default first.
@@ -81,7 +82,6 @@ OPTIONS = {
         ("lr-backbone", 1e-3, "learning rate"),
         ("lr-joint", 5e-4, "learning rate"),
         ("lr-tnet", 5e-4, "learning rate"),
-        ("amp", ("auto", "off"), "auto: bfloat16 in 18-layer networks on GPUs that have it"),
         ("dropout", 0.25, "of hidden units of vectors, and of whole embeddings at the fusion"),
     ],
     "align": [
@@ -105,7 +105,7 @@ OPTIONS = {
 # The least values. Where none is named, it is 1 of whole numbers and 0 of others.
 LEAST = dict.fromkeys(["epochs", "workers", "seed", "folds", "train_rows", "updates"], 0)
 LEAST |= {"fold": -1, "batch_size": 2, "eps": 1e-9}
-DEFAULTS = {  # of a --dataset or a --preset, where they differ from those above
+DEFAULTS = {  # of a --dataset or --preset, where they differ
     "synthetic": {"dim": 128, "width": 4, "updates": 100},
     "features": {"dim": 128, "epochs_backbone": 100},
     "released": {  # Source: released code; it leaves stage 1 open: lr_joint is ours
@@ -175,16 +175,19 @@ def save(run, name, saved):
     """Save a dict with its origin, by way of a temporary file: no kill leaves half a file."""
     path, file = run.folder / f"{name}.pt", io.BytesIO()
     torch.save({**saved, "origin": origin(run, name)}, file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".tmp").write_bytes(file.getbuffer())
-    path.with_suffix(".tmp").replace(path)
+    if RANK == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".tmp").write_bytes(file.getbuffer())
+        path.with_suffix(".tmp").replace(path)
+    if PROCESSES > 1:
+        distributed.barrier()
 
 
 def read(path, use=dict):
     """use(what is in a file of torch.save), on the host. A damaged or foreign file is refused."""
     try:
         return use(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # a damaged or foreign file can raise anything
+    except Exception as error:
         reason = " ".join(f"{type(error).__name__}, {error}".split())[:200]
         refuse(f"{path}: missing, damaged or another file ({reason})")
 
@@ -222,12 +225,12 @@ def headline(score):
 def forward(run, network, view, batches):
     """Yield each batch of rows, and the network's outputs for it: embeddings, predictions (B, ...).
     view[rows] is read on the host, raw data by --workers processes."""
-    how = {"batch_size": None, "sampler": [rows.tolist() for rows in batches]}
-    how["generator"] = torch.Generator()  # so that reading draws nothing from the run's
-    if not torch.is_tensor(view):
-        how.update(num_workers=run.workers, pin_memory=run.device == "cuda")
-    for rows, x in zip(batches, DataLoader(view, **how)):
+    parts = [rows.tensor_split(PROCESSES)[RANK] for rows in batches]
+    read_ahead = datasets.batches(view, parts, run.workers, run.device == "cuda")
+    for rows, x in zip(batches, read_ahead):
         outputs = network(x.to(run.device, non_blocking=True))
+        if PROCESSES > 1:
+            outputs = [models.gathered(part, len(rows)) for part in outputs]
         if not all((t.abs() < 1e15).all() for t in outputs):  # so that squares are finite
             refuse("outputs are NaN or too large: lower an --lr-..., with another --out")
         yield rows, outputs
@@ -237,20 +240,19 @@ def forward(run, network, view, batches):
 def predict(run, network, view, rows):
     """The network's outputs for these rows, on the host: tensors (len(rows), ...)."""
     network.eval()
-    outputs = [said for _, said in forward(run, network, view, rows.split(run.batch_size))]
+    batches = rows.tensor_split(math.ceil(len(rows) / run.batch_size))
+    outputs = [said for _, said in forward(run, network, view, batches)]
     return [torch.cat([t.cpu() for t in parts]) for parts in zip(*outputs)]
 
 
 def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, scored=None, full=None):
     """Train with Adam, at rates that fall to 0, and leave the kept epoch in the file `name`.
 
-    rate     learning rate, or {part of the network: learning rate}
-    epochs   at the least, as --updates may ask for more
-    view     what the network takes: a view of the data set, or embeddings
+    rate     of learning, or {part of the network: rate}
     loss_of  (rows, label, outputs...) -> dict of scalars, of which "loss" is minimised
     score    (data, predictions for rows, rows) -> a model's score
     scored   names of the models, where the network holds several; then the last epoch is kept
-    full     the network that is saved, where `network` is only a part of it
+    full     what is saved, where `network` is only a part of it
     """
     saved = {"history": [], "best": -math.inf, **load(run, name)}
     if "scores" in saved:
@@ -264,9 +266,10 @@ def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, score
     optimizer = torch.optim.Adam(groups, fused=True)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, epochs * steps)
     full, scored = full or network, scored or [name.partition("_")[2]]
+    shared = nn.parallel.DistributedDataParallel(network) if PROCESSES > 1 else network
 
     def scores_of(rows):
-        said = predict(run, network, view, rows)[1].view(len(rows), len(scored), -1)
+        said = predict(run, shared, view, rows)[1].view(len(rows), len(scored), -1)
         return {model: score(run.data, said[:, i], rows) for i, model in enumerate(scored)}
 
     # Go on where the same command stopped before.
@@ -277,11 +280,13 @@ def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, score
     for epoch in range(len(saved["history"]) + 1, epochs + 1):
         # Train on every row once, in the order that every network gets.
         seed_everything(run, epoch)
-        network.train()
+        shared.train()
         order = run.train[torch.randperm(len(run.train))].tensor_split(steps)
         drawn = view.drawn(torch.randint(2**31, ()).item()) if hasattr(view, "drawn") else view
-        batches, means = forward(run, network, drawn, order), {}
-        for rows, outputs in tqdm(batches, name, steps, leave=False, disable=None):
+        if RANK:
+            seed_everything(run, (epoch, RANK))  # dropout of its own
+        batches, means = forward(run, shared, drawn, order), {}
+        for rows, outputs in tqdm(batches, name, steps, leave=False, disable=RANK or None):
             terms = loss_of(rows, run.data.label[rows].to(run.device), *outputs)
             optimizer.zero_grad()
             terms["loss"].backward()
@@ -303,7 +308,8 @@ def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, score
         saved["history"] = [*saved["history"], row]
         save(run, name, saved)
         place = f"seed {run.seed}  fold {run.number}  {name:<26}  epoch {epoch:>3}/{epochs}"
-        print(f"{place}  loss {row['loss']:.4f}  score {now:.4f}", flush=True)
+        if RANK == 0:
+            print(f"{place}  loss {row['loss']:.4f}  score {now:.4f}", flush=True)
 
     # Score the kept epoch on the validation rows. Save all that is needed to use it.
     full.load_state_dict(saved["weights"])
@@ -314,7 +320,7 @@ def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, score
 def single(run, view, trained=False, dropout=0.0):
     """The network of one view, a backbone with a head: of stage 1, or as it starts."""
     source, published = getattr(run.data, view), getattr(run, f"{view}_weights")
-    encoder = models.backbone(source.shape[1:], run.dim, run.width, run.amp == "auto", dropout)
+    encoder = models.backbone(source.shape[1:], run.dim, run.width, dropout)
     network = models.Single(encoder, nn.Linear(run.dim, len(run.data.names)))
     if trained:
         network.load_state_dict(load(run, f"teachers_{view}")["weights"])
@@ -323,19 +329,6 @@ def single(run, view, trained=False, dropout=0.0):
     elif isinstance(encoder, models.Encoder):
         encoder.fit_standardisation(source[run.train])
     return network.to(run.device)
-
-
-def embeddings(run):
-    """z_v and z_p of all clips by the backbones of stage 1, (N, 2, D), from a file or made."""
-    saved = load(run, "teachers_embeddings")
-    if "z" not in saved:
-        rows, both = torch.arange(len(run.data.label)), []
-        for view in VIEWS:
-            network = single(run, view, trained=True)
-            both.append(predict(run, network, getattr(run.data, view), rows)[0])
-        saved = {"z": torch.stack(both, dim=1)}
-        save(run, "teachers_embeddings", saved)
-    return saved["z"]
 
 
 def teachers(run):
@@ -351,8 +344,16 @@ def teachers(run):
         network, source = single(run, view, dropout=run.dropout), getattr(run.data, view)
         fit(run, f"teachers_{view}", network, run.lr_backbone, run.epochs_backbone, source, task_of)
 
+    # Their embeddings of all clips, loaded or made.
+    saved = load(run, "teachers_embeddings")
+    if "z" not in saved:
+        pairs = [(single(run, view, trained=True), getattr(run.data, view)) for view in VIEWS]
+        both = [predict(run, n, source, torch.arange(len(source)))[0] for n, source in pairs]
+        saved = {"z": torch.stack(both, dim=1)}
+        save(run, "teachers_embeddings", saved)
+    z = saved["z"]
+
     # The joint teacher: the fusion of both embeddings, which stay as they are.
-    z = embeddings(run)
     seed_everything(run, "joint")
     joint = models.Fusion(run.dim, len(run.data.names), run.dropout).to(run.device)
     fit(run, "teachers_joint", joint, run.lr_joint, run.epochs_joint, z, task_of)
@@ -406,9 +407,7 @@ def align(run, z):
 
 def student(run, method, z):
     """Stage 3. A student on visual input learns the task, and what its loss takes from a teacher.
-
-    All but `visual` start from the same weights, all see the same batches. z: all embeddings.
-    """
+    All but `visual` start from the same weights, all see the same batches. z: all embeddings."""
     aligned, candidates, terms = METHODS[method]
     teacher_net = all_teachers(run, aligned).eval()
     columns = [TEACHERS.index(teacher) for teacher in candidates]
@@ -469,12 +468,10 @@ def evaluate(args):
     else:
         if (data.task, data.names) != (saved["task"], names):
             refuse(f"{args.student} predicts {names}, not {data.names}")
-        score = cell(task_score(data, prediction, rows))
-        print(f"Score: {score}, {data.task} of {data.names}.")
+        print(f"Score: {cell(task_score(data, prediction, rows))}, {data.task} of {data.names}.")
 
 
 # ---- report ----
-
 NETWORKS = [f"teachers_{name}" for name in (*VIEWS, "joint", "tnet")]
 NETWORKS += ["align", *(f"student_{method}" for method in METHODS)]
 
@@ -594,7 +591,8 @@ def train_all(args):
                 align(run, z)
             for method in args.method if args.stage in ("all", "student") else ():
                 student(run, method, z)
-    report(args, data, runs)
+    if RANK == 0:
+        report(args, data, runs)
 
 
 def main(argv=None):
@@ -602,16 +600,18 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         args = options(argv)
+        if PROCESSES > 1:
+            if args.device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            distributed.init_process_group()
         evaluate(args) if args.student else train_all(args)
+        if PROCESSES > 1:
+            distributed.destroy_process_group()
     except KeyboardInterrupt:
         sys.exit("train.py: stopped; the same command goes on from what was saved")
-    except (datasets.DataError, OSError, RuntimeError) as error:
+    except (datasets.DataError, OSError) as error:
         # A reading process's comes with its stack trace, whose last line is the message.
         text = str(error).rstrip().split("\n")[-1].removeprefix("data.DataError: ")
-        if isinstance(error, RuntimeError):
-            if "allocate" not in str(error):
-                raise
-            text = f"{text}; use a smaller --batch-size or --dim, or fewer --workers"
         print(f"train.py: {text}", file=sys.stderr)
         sys.exit(2)
 
