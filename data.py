@@ -398,12 +398,12 @@ def _fold_of(data, person, k, seed):
     return fold_of[person]
 
 
-def batches(view, batches, workers, pin_memory):
-    """Yield view[rows] for each batch of rows; workers read raw views."""
-    how = {"generator": torch.Generator()}  # reading draws nothing from the run's
+def batches(view, order, workers, pin_memory):
+    """view[rows] for each batch of rows in `order`; workers read raw views."""
+    how = {"generator": torch.Generator()}  # so that torch's own is left alone
     if not torch.is_tensor(view):
         how.update(num_workers=workers, pin_memory=pin_memory)
-    return DataLoader(view, batch_size=None, sampler=[rows.tolist() for rows in batches], **how)
+    return DataLoader(view, batch_size=None, sampler=[rows.tolist() for rows in order], **how)
 
 
 def digest(*values):

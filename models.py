@@ -293,13 +293,13 @@ class Student(nn.Module):
 
 
 def gathered(part, count):
-    """Outputs (count, ...) for a batch, of which each process of torchrun has computed a part.
-    One's own gets the gradient, times their number: DistributedDataParallel takes the mean."""
+    """Outputs (count, ...) for a batch, of which each process of torchrun has computed a part. Its
+    own alone gets gradients, times the processes: DistributedDataParallel takes the mean."""
     rank, processes = distributed.get_rank(), distributed.get_world_size()
     mine = torch.arange(count, device=part.device).tensor_split(processes)[rank]
     whole = part.new_zeros(count, *part.shape[1:]).index_copy(0, mine, part.detach())
     distributed.all_reduce(whole)
-    return whole.index_copy(0, mine, processes * part - (processes - 1) * part.detach())
+    return whole.index_copy(0, mine, part + (processes - 1) * (part - part.detach()))
 
 
 def load_student(saved):

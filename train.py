@@ -42,7 +42,7 @@ from mtpkdot import METHODS, TEACHERS
 DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
 VIEWS = ("visual", "privileged")
 STAGES = ("teachers", "align", "student")
-# Under torchrun each process computes a part of every batch, and the first saves and prints.
+# Under torchrun each process computes its part of a batch, then the loss of all; the first saves.
 PROCESSES, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 
 # ---- options ----
@@ -104,7 +104,7 @@ OPTIONS = {
 }
 # The least values. Where none is named, it is 1 of whole numbers and 0 of others.
 LEAST = dict.fromkeys(["epochs", "workers", "seed", "folds", "train_rows", "updates"], 0)
-LEAST |= {"fold": -1, "batch_size": 2, "eps": 1e-9}
+LEAST |= {"fold": -1, "batch_size": 2 * PROCESSES, "eps": 1e-9}
 DEFAULTS = {  # of a --dataset or --preset, where they differ
     "synthetic": {"dim": 128, "width": 4, "updates": 100},
     "features": {"dim": 128, "epochs_backbone": 100},
@@ -173,9 +173,9 @@ def origin(run, name):
 
 def save(run, name, saved):
     """Save a dict with its origin, by way of a temporary file: no kill leaves half a file."""
-    path, file = run.folder / f"{name}.pt", io.BytesIO()
-    torch.save({**saved, "origin": origin(run, name)}, file)
     if RANK == 0:
+        path, file = run.folder / f"{name}.pt", io.BytesIO()
+        torch.save({**saved, "origin": origin(run, name)}, file)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".tmp").write_bytes(file.getbuffer())
         path.with_suffix(".tmp").replace(path)
@@ -223,8 +223,7 @@ def headline(score):
 
 
 def forward(run, network, view, batches):
-    """Yield each batch of rows, and the network's outputs for it: embeddings, predictions (B, ...).
-    view[rows] is read on the host, raw data by --workers processes."""
+    """Yield each batch of rows, and the network's outputs: embeddings, predictions (B, ...)."""
     parts = [rows.tensor_split(PROCESSES)[RANK] for rows in batches]
     read_ahead = datasets.batches(view, parts, run.workers, run.device == "cuda")
     for rows, x in zip(batches, read_ahead):
@@ -242,7 +241,7 @@ def predict(run, network, view, rows):
     network.eval()
     batches = rows.tensor_split(math.ceil(len(rows) / run.batch_size))
     outputs = [said for _, said in forward(run, network, view, batches)]
-    return [torch.cat([t.cpu() for t in parts]) for parts in zip(*outputs)]
+    return [torch.cat([t.cpu() for t in kind]) for kind in zip(*outputs)]
 
 
 def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, scored=None, full=None):
@@ -252,27 +251,27 @@ def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, score
     loss_of  (rows, label, outputs...) -> dict of scalars, of which "loss" is minimised
     score    (data, predictions for rows, rows) -> a model's score
     scored   names of the models, where the network holds several; then the last epoch is kept
-    full     what is saved, where `network` is only a part of it
+    full     what is saved, where `network` is a part of it
     """
     saved = {"history": [], "best": -math.inf, **load(run, name)}
     if "scores" in saved:
         return
 
-    # Batches of nearly equal size, two clips at least: similarities in a runt would mean nothing.
-    steps = min(math.ceil(len(run.train) / run.batch_size), len(run.train) // 2)
+    # Batches of nearly equal size, two clips at least: similarities in a runt mean nothing.
+    steps = min(math.ceil(len(run.train) / run.batch_size), len(run.train) // (2 * PROCESSES))
     epochs = max(epochs, math.ceil(run.updates / steps))
     rates = rate if isinstance(rate, dict) else {"": rate}  # of which "" is the whole
     groups = [{"params": network.get_submodule(p).parameters(), "lr": rates[p]} for p in rates]
     optimizer = torch.optim.Adam(groups, fused=True)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, epochs * steps)
     full, scored = full or network, scored or [name.partition("_")[2]]
-    shared = nn.parallel.DistributedDataParallel(network) if PROCESSES > 1 else network
+    parallel = nn.parallel.DistributedDataParallel(network) if PROCESSES > 1 else network
 
     def scores_of(rows):
-        said = predict(run, shared, view, rows)[1].view(len(rows), len(scored), -1)
+        said = predict(run, parallel, view, rows)[1].view(len(rows), len(scored), -1)
         return {model: score(run.data, said[:, i], rows) for i, model in enumerate(scored)}
 
-    # Go on where the same command stopped before.
+    # Go on where the same command stopped.
     parts = {"network": network, "optimizer": optimizer, "decay": decay}
     if saved["history"]:
         for key, part in parts.items():
@@ -280,12 +279,12 @@ def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, score
     for epoch in range(len(saved["history"]) + 1, epochs + 1):
         # Train on every row once, in the order that every network gets.
         seed_everything(run, epoch)
-        shared.train()
+        parallel.train()
         order = run.train[torch.randperm(len(run.train))].tensor_split(steps)
         drawn = view.drawn(torch.randint(2**31, ()).item()) if hasattr(view, "drawn") else view
         if RANK:
             seed_everything(run, (epoch, RANK))  # dropout of its own
-        batches, means = forward(run, shared, drawn, order), {}
+        batches, means = forward(run, parallel, drawn, order), {}
         for rows, outputs in tqdm(batches, name, steps, leave=False, disable=RANK or None):
             terms = loss_of(rows, run.data.label[rows].to(run.device), *outputs)
             optimizer.zero_grad()
@@ -295,7 +294,7 @@ def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, score
             for term, value in terms.items():
                 means[term] = means.get(term, 0) + value.detach() * (len(rows) / len(run.train))
 
-        # Score it on the rows that choose the epoch, and keep the best (of stage 2 the last).
+        # Score it on the rows that choose the epoch, and keep the best, of several models the last.
         now = float(np.mean([headline(value) for value in scores_of(run.choose).values()]))
         if now > saved["best"] or len(scored) > 1:
             weights = {key: t.cpu().clone() for key, t in full.state_dict().items()}
@@ -399,9 +398,9 @@ def align(run, z):
         return {"loss": mtpkdot.align_stage_loss(distance, *tasks), "align": distance}
 
     # All three start good. Scores would choose an epoch before their embeddings are alike, so the
-    # last is kept. 1e-4 is from the released code.
+    # last is kept.
     names = ["joint_aligned", *TEACHERS[1:]]
-    rates = {"joint": 1e-4, "adapters": run.lr_adapter, "heads": run.lr_adapter}
+    rates = {"joint": 1e-4, "adapters": run.lr_adapter, "heads": run.lr_adapter}  # released code
     fit(run, "align", network, rates, run.epochs_align, z, loss_of, scored=names)
 
 
@@ -425,7 +424,8 @@ def student(run, method, z):
     if method == "visual":  # whose z_s is z_v
         full = network = baseline
     if run.student_backbone == "frozen":  # the same network, on embeddings instead of clips
-        view, (_, *others) = z[:, 0], full.children()
+        view = z[:, 0]
+        _, *others = full.children()
         network = type(full)(nn.Identity(), *others)
 
     # Its loss on a batch: pick the teacher, then add up the terms.
@@ -459,7 +459,7 @@ def evaluate(args):
         name_of = str if torch.is_tensor(data.visual) else data.visual.name
         header = ["prediction", *(f"p_{name}" for name in names)] if classes else names
         numbers = prediction.softmax(1) if classes else prediction
-        with open(args.predictions, "w", newline="", errors="surrogateescape") as file:
+        with open(os.devnull if RANK else args.predictions, "w", errors="surrogateescape") as file:
             lines = csv.writer(file, lineterminator="\n")
             lines.writerow(["name", *header])
             for row, values in zip(rows.tolist(), numbers.tolist()):
@@ -603,14 +603,14 @@ def main(argv=None):
         if PROCESSES > 1:
             if args.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            distributed.init_process_group()
+            distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
         evaluate(args) if args.student else train_all(args)
         if PROCESSES > 1:
             distributed.destroy_process_group()
     except KeyboardInterrupt:
         sys.exit("train.py: stopped; the same command goes on from what was saved")
     except (datasets.DataError, OSError) as error:
-        # A reading process's comes with its stack trace, whose last line is the message.
+        # A DataLoader worker's comes with its stack trace, whose last line is the message.
         text = str(error).rstrip().split("\n")[-1].removeprefix("data.DataError: ")
         print(f"train.py: {text}", file=sys.stderr)
         sys.exit(2)
