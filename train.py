@@ -310,7 +310,7 @@ def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, score
         if RANK == 0:
             print(f"{place}  loss {row['loss']:.4f}  score {now:.4f}", flush=True)
 
-    # Score the kept epoch on the validation rows. Save all that is needed to use it.
+    # Score the kept epoch on the validation rows. Save what is needed to use it.
     full.load_state_dict(saved["weights"])
     final = {"weights": saved["weights"], "history": saved["history"], **run.about}
     save(run, name, {**final, "scores": scores_of(run.val)})
