@@ -247,7 +247,6 @@ def predict(run, network, view, rows):
 def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, scored=None, full=None):
     """Train with Adam, at rates that fall to 0, and leave the kept epoch in the file `name`.
 
-    rate     of learning, or {part of the network: rate}
     loss_of  (rows, label, outputs...) -> dict of scalars, of which "loss" is minimised
     score    (data, predictions for rows, rows) -> a model's score
     scored   names of the models, where the network holds several; then the last epoch is kept
@@ -606,7 +605,8 @@ def main(argv=None):
             distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
         evaluate(args) if args.student else train_all(args)
         if PROCESSES > 1:
-            distributed.destroy_process_group()
+            sys.stdout.flush()
+            os._exit(0)  # gloo's threads can abort an orderly exit
     except KeyboardInterrupt:
         sys.exit("train.py: stopped; the same command goes on from what was saved")
     except (datasets.DataError, OSError) as error:
