@@ -172,6 +172,12 @@ class Single(nn.Module):
         return z, self.head(z)
 
 
+def on_embeddings(network):
+    """A Single or Student that takes z_v (B, D): the same network, without its backbone."""
+    _, *others = network.children()
+    return type(network)(nn.Identity(), *others)
+
+
 class Adapter(nn.Sequential):
     """Embedding (..., D) -> D / 2 -> (..., D), without activation. Source: released code."""
 
@@ -188,8 +194,8 @@ class Adapter(nn.Sequential):
 
 
 class TNet(nn.Sequential):
-    """Visual embedding z_v (..., D) -> z_v and the hallucinated privileged embedding (..., D): a
-    pair, as other networks give embedding and prediction. Source: released code.
+    """Visual embedding z_v (..., D) -> hallucinated privileged embedding (..., D): twice, as other
+    networks give embedding and prediction. Source: released code.
 
     An autoencoder without activations, at D = 512 of 512-2048-1024-512-256-512-1024-2048-512.
     """
@@ -199,18 +205,8 @@ class TNet(nn.Sequential):
         super().__init__(*(nn.Linear(before, after) for before, after in zip(widths, widths[1:])))
 
     def forward(self, z_v):
-        return z_v, super().forward(z_v)
-
-    @torch.no_grad()
-    def composed(self):
-        """The same map as one linear layer, frozen: without activations it is one. Source: ours."""
-        first, *others = self
-        weight, bias = first.weight, first.bias
-        for layer in others:
-            weight, bias = layer.weight @ weight, layer(bias)
-        linear = nn.Linear(first.in_features, first.in_features)
-        linear.weight, linear.bias = nn.Parameter(weight), nn.Parameter(bias)
-        return linear.requires_grad_(False)
+        hallucinated = super().forward(z_v)
+        return hallucinated, hallucinated
 
 
 class SelfAttention(nn.Module):
@@ -280,8 +276,7 @@ class Teachers(nn.Module):
 
 class Student(nn.Module):
     """All that inference needs: visual backbone, T-Net for the missing modality, its own fusion.
-    Visual input (B, ...) -> embedding z_s (B, D), prediction (B, K). `tnet` is T-Net as one linear
-    layer. With nn.Identity as `encoder` the input is z_v (B, D). Source: released code."""
+    Visual input (B, ...) -> embedding z_s (B, D), prediction (B, K). Source: released code."""
 
     def __init__(self, encoder, tnet, fusion):
         super().__init__()
@@ -289,12 +284,14 @@ class Student(nn.Module):
 
     def forward(self, visual):
         z_v = self.encoder(visual)
-        return self.fusion(torch.stack([z_v, self.tnet(z_v)], dim=1))
+        return self.fusion(torch.stack([z_v, self.tnet(z_v)[0]], dim=1))
 
 
 def gathered(part, count):
     """Outputs (count, ...) for a batch, of which each process of torchrun has computed a part. Its
     own alone gets gradients, times the processes: DistributedDataParallel takes the mean."""
+    if not distributed.is_initialized():
+        return part
     rank, processes = distributed.get_rank(), distributed.get_world_size()
     mine = torch.arange(count, device=part.device).tensor_split(processes)[rank]
     whole = part.new_zeros(count, *part.shape[1:]).index_copy(0, mine, part.detach())
@@ -312,7 +309,7 @@ def load_student(saved):
     """
     dim, outputs = saved["origin"]["dim"], len(saved["names"])
     encoder = backbone(saved["input_shape"], dim, saved["origin"]["width"])
-    network = Student(encoder, nn.Linear(dim, dim), Fusion(dim, outputs))
+    network = Student(encoder, TNet(dim), Fusion(dim, outputs))
     if "head.weight" in saved["weights"]:  # of the student that is the visual network alone
         network = Single(encoder, nn.Linear(dim, outputs))
     network.load_state_dict(saved["weights"])

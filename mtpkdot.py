@@ -5,9 +5,9 @@ D numbers in an embedding, K outputs. z_j is the joint teacher's embedding, z_t 
 chosen for the batch, z_s the student's; S(z) holds the cosine similarities of the rows of z, B x B.
 
     stage 1, teachers   task_loss (ccc, cross-entropy)   tnet_loss
-    stage 2, align      alignment_loss   align_stage_loss
-    stage 3, student    choose_teacher  similarity  anchors  ot_loss  centroid_loss  student_loss
-                        METHODS, the table of all students: whom they follow, what they minimise
+    stage 2, align      align_loss
+    stage 3, student    choose_teacher  similarity  anchors  ot_loss  centroid_loss
+                        METHODS, the table of all students   student_loss
     baselines           relational  logit_distillation
 
 Docstrings name the source: the paper's abstract, the authors' released code, or our choice.
@@ -18,11 +18,10 @@ import torch.nn.functional as F
 
 from sinkhorn import sinkhorn_divergence
 
-# In the order of models.Teachers.
-TEACHERS = ("joint", "adapted_visual", "adapted_privileged")
+TEACHERS = ("joint", "adapted_visual", "adapted_privileged")  # in the order of models.Teachers
 
 
-# ---- stage 1: the task, and T-Net ---------------------------------------------------------------
+# ---- stage 1: the task, and T-Net ----
 
 
 def ccc(prediction, label):
@@ -53,7 +52,7 @@ def tnet_loss(hallucinated, z_p):
     return F.mse_loss(hallucinated, z_p)
 
 
-# ---- stage 2: alignment -------------------------------------------------------------------------
+# ---- stage 2: alignment ----
 
 
 def cosine_distance(x, y):
@@ -61,32 +60,28 @@ def cosine_distance(x, y):
     return (1 - F.cosine_similarity(x, y, dim=-1)).mean()
 
 
-def alignment_loss(adapted_visual, adapted_privileged, z_j):
-    """Cosine distance of both adapted embeddings to the joint one, (B, D) each.
+def align_loss(label, embeddings, predictions):
+    """0.5 align + 0.5 (task_loss of the joint teacher + mean of both adapted ones').
 
-    Gradients reach z_j too. Source: released code.
+    align: cosine distance of both adapted embeddings to z_j, which gradients reach too. Embeddings
+    (B, 3, D) and predictions (B, 3, K) in the order of TEACHERS. Source: released code.
     """
-    return cosine_distance(adapted_visual, z_j) + cosine_distance(adapted_privileged, z_j)
+    z_j, a_v, a_p = embeddings.unbind(1)
+    align = cosine_distance(a_v, z_j) + cosine_distance(a_p, z_j)
+    joint, visual, privileged = (task_loss(said, label) for said in predictions.unbind(1))
+    return {"loss": 0.5 * align + 0.5 * (joint + 0.5 * (visual + privileged)), "align": align}
 
 
-def align_stage_loss(align, task_joint, task_visual, task_privileged):
-    """0.5 alignment_loss + 0.5 (task_loss of the joint teacher + mean of both adapted ones').
-
-    All are scalars. Source: released code.
-    """
-    return 0.5 * align + 0.5 * (task_joint + 0.5 * (task_visual + task_privileged))
+# ---- stage 3: the student ----
 
 
-# ---- stage 3: the student -----------------------------------------------------------------------
-
-
-def choose_teacher(losses):
-    """Index, a tensor, of the least of the candidates' losses (n,) on the batch.
+def choose_teacher(label, predictions):
+    """Index, a tensor, of the candidate of predictions (B, n, K) with the least task loss.
 
     The joint teacher is fallen back on where neither single one does better: it is the first of
     equals. Source: abstract, to avoid negative transfer; per batch, as in the released code.
     """
-    return losses.argmin()
+    return torch.stack([task_loss(said, label) for said in predictions.unbind(1)]).argmin()
 
 
 def similarity(z):
@@ -107,9 +102,7 @@ def anchors(S_t, k=30, which="most"):
     return S_t.topk(min(k, S_t.shape[1]), dim=1, largest=which == "most").indices
 
 
-def ot_loss(
-    S_t, S_s, k=30, which="most", shift=False, eps=0.01, debias=True, tol=1e-2, max_iter=1000
-):
+def ot_loss(S_t, S_s, k=30, which="most", shift=False, eps=0.01, debias=True, tol=1e-2):
     """Entropic optimal transport between the rows of the teacher's and the student's similarities.
 
     The teacher's anchors are gathered from both matrices (B, B), which gives (B, k) each: number j
@@ -117,13 +110,13 @@ def ot_loss(
     and cost |x - y|^2 / 2, is a scalar. `debias` subtracts half of each self-transport. `shift`
     first makes each matrix non-negative by its own minimum. Source: the paper states entropic OT;
     the released code shifts and debiases. No shift is ours: the minima differ, and that would count
-    as a difference of structure. tol and max_iter are what a training step needs (ours).
+    as a difference of structure. tol is what a training step needs (ours).
     """
     columns = anchors(S_t, k, which)
     if shift:
         S_t, S_s = S_t - S_t.min(), S_s - S_s.min()
     rows_t, rows_s = S_t.gather(1, columns), S_s.gather(1, columns)
-    return sinkhorn_divergence(rows_t, rows_s, eps=eps, debias=debias, tol=tol, max_iter=max_iter)
+    return sinkhorn_divergence(rows_t, rows_s, eps=eps, debias=debias, tol=tol)
 
 
 def centroid_loss(S_t, S_s):
@@ -131,38 +124,10 @@ def centroid_loss(S_t, S_s):
     return torch.linalg.vector_norm(S_t.mean(0) - S_s.mean(0))
 
 
-def student_loss(weights, prediction, label, z_s, z_t, prediction_t, **transport):
-    """The loss of a student: the weighted sum of the terms that `weights` names, {term: weight}.
-
-    task       the loss of the task itself
-    ot         optimal transport between the anchor similarities of z_t and of z_s
-    centroid   distance between the centroids of S(z_t) and of S(z_s)
-    mse, cosine, rkd   mean squared error, cosine distance, relational distillation of z_s and z_t
-    kd         distillation of the predictions
-
-    prediction (B, K) and z_s (B, D) are the student's; prediction_t and z_t the chosen teacher's,
-    which get no gradient; `transport` goes to ot_loss. Returns a dict of scalars: "loss", and each
-    term unweighted. Source: released code, 0.8 task + 0.2 ot, + 0.2 centroid commented out.
-    """
-    z_t, prediction_t = z_t.detach(), prediction_t.detach()
-    S_t, S_s = similarity(z_t), similarity(z_s)
-    compute = {
-        "task": lambda: task_loss(prediction, label),
-        "ot": lambda: ot_loss(S_t, S_s, **transport),
-        "centroid": lambda: centroid_loss(S_t, S_s),
-        "mse": lambda: F.mse_loss(z_s, z_t),
-        "cosine": lambda: cosine_distance(z_s, z_t),
-        "rkd": lambda: relational(z_s, z_t),
-        "kd": lambda: logit_distillation(prediction, prediction_t, label),
-    }
-    terms = {name: compute[name]() for name in weights}
-    return {"loss": sum(weights[name] * term for name, term in terms.items()), **terms}
-
-
 JOINT = TEACHERS[:1]
 STRUCTURE = {"task": 0.8, "ot": "w_ot", "centroid": "w_centroid"}
 METHODS = {
-    # student: (teachers aligned, those to choose among, {term of its loss: weight, or its option})
+    # student: (teachers aligned, those to choose among, {term of its loss: weight, or its name})
     "mtpkdot": (True, TEACHERS, STRUCTURE),
     "mtpkdot-unaligned": (False, TEACHERS, STRUCTURE),  # the single ones as stage 1 left them
     "mtpkdot-no-centroid": (True, TEACHERS, {"task": 0.8, "ot": "w_ot"}),
@@ -179,7 +144,42 @@ METHODS = {
 }
 
 
-# ---- distillations it is compared with ----------------------------------------------------------
+def student_loss(method, label, z_s, prediction, z_teachers, predictions, given, **transport):
+    """The loss of a student of METHODS: the weighted sum of the task's loss and its other terms.
+
+    ot         optimal transport between the anchor similarities of z_t and of z_s
+    centroid   distance between the centroids of S(z_t) and of S(z_s)
+    mse, cosine, rkd   mean squared error, cosine distance, relational distillation of z_s and z_t
+    kd         distillation of the predictions
+
+    z_s (B, D) and prediction (B, K) are the student's; z_teachers (B, 3, D) and predictions
+    (B, 3, K) all teachers', which get no gradient. `given` holds the weights that METHODS names;
+    `transport` goes to ot_loss. Returns a dict: "loss", each term unweighted, and of each candidate
+    if it is chosen. Source: released code, 0.8 task + 0.2 ot, and 0.2 centroid commented out.
+    """
+    # Choose the teacher.
+    _, candidates, weights = METHODS[method]
+    columns = [TEACHERS.index(teacher) for teacher in candidates]
+    chosen = choose_teacher(label, predictions[:, columns])
+    z_t, prediction_t = (t[:, columns][:, chosen].detach() for t in (z_teachers, predictions))
+
+    # Add up what the student minimises.
+    S_t, S_s = similarity(z_t), similarity(z_s)
+    compute = {
+        "task": lambda: task_loss(prediction, label),
+        "ot": lambda: ot_loss(S_t, S_s, **transport),
+        "centroid": lambda: centroid_loss(S_t, S_s),
+        "mse": lambda: F.mse_loss(z_s, z_t),
+        "cosine": lambda: cosine_distance(z_s, z_t),
+        "rkd": lambda: relational(z_s, z_t),
+        "kd": lambda: logit_distillation(prediction, prediction_t, label),
+    }
+    terms = {name: compute[name]() for name in weights}
+    loss = sum(given.get(weight, weight) * terms[name] for name, weight in weights.items())
+    return {"loss": loss, **terms, **{name: chosen == i for i, name in enumerate(candidates)}}
+
+
+# ---- distillations it is compared with ----
 
 
 def relational(z_s, z_t, vertices=16):

@@ -50,17 +50,17 @@ def test_attention_and_fusion_are_their_formulas_clip_by_clip():
     close(net(z), (z_j, net.head(z_j)))
 
 
-def test_tnet_and_adapter_have_the_published_widths_and_composed_is_all_of_tnet():
+def test_tnet_and_adapter_have_the_published_widths_and_are_their_layers():
     assert [m.in_features for m in models.TNet()] == [512, 2048, 1024, 512, 256, 512, 1024, 2048]
     assert [m.in_features for m in models.Adapter()] == [512, 256]
     x, adapter = normal(30, 16), models.Adapter(16)
     adapter.start(x)  # the nearest matrix of rank 8
     u, s, v = np.linalg.svd(x.numpy(), full_matrices=False)
     close(adapter(x), torch.from_numpy(u[:, :8] * s[:8] @ v[:8]), 1e-5)
-    net, x = built(models.TNet, 16).double(), x.double()
-    composed = net.composed()
-    close((x, composed(x)), net(x), 1e-10)
-    assert not any(p.requires_grad for p in composed.parameters()) and net[0].weight.requires_grad
+    tnet, out = built(models.TNet, 16), x
+    for layer in tnet:
+        out = F.linear(out, layer.weight, layer.bias)
+    close(tnet(x), (out, out))
 
 
 def test_encoder_standardises_with_the_training_rows():
@@ -90,11 +90,12 @@ BYTES = (50 * FLOATS + 128).clamp(0, 255).byte()
 @pytest.mark.parametrize("x", [normal(5, 6), SPECTROGRAMS, BYTES], ids=["1d", "2d", "3d"])
 def test_student_is_its_parts_and_comes_back_from_its_file(x, tmp_path):
     encoder = built(models.backbone, x.shape[1:], dim=8, width=2)
-    net = models.Student(encoder, models.TNet(8).composed(), models.Fusion(8, 3)).eval()
+    net = models.Student(encoder, models.TNet(8), models.Fusion(8, 3)).eval()
     single, z_v = models.Single(encoder, nn.Linear(8, 3)), encoder(x)
-    close(net(x), net.fusion(torch.stack([z_v, net.tnet(z_v)], dim=1)))
-    close(net(x), models.Student(nn.Identity(), net.tnet, net.fusion)(z_v))
+    close(net(x), net.fusion(torch.stack([z_v, net.tnet(z_v)[0]], dim=1)))
     close(single(x), (z_v, single.head(z_v)))
+    for whole in (net, single):
+        close(models.on_embeddings(whole)(z_v), whole(x))
     saved = {"origin": {"dim": 8, "width": 2}, "names": ["a", "b", "c"]}
     saved["input_shape"] = list(x.shape[1:])
     torch.save({**saved, "weights": net.state_dict()}, tmp_path / "student.pt")
@@ -168,7 +169,7 @@ def test_shapes_and_counts_are_published_and_such_files_load(build, options, ste
 def test_gathered_gives_ones_own_part_the_whole_gradient(monkeypatch):
     """Of the second of three; DistributedDataParallel takes the mean of their gradients."""
     alone = {"get_rank": lambda: 1, "get_world_size": lambda: 3, "all_reduce": lambda whole: None}
-    monkeypatch.setattr(models, "distributed", Namespace(**alone))
+    monkeypatch.setattr(models, "distributed", Namespace(is_initialized=lambda: True, **alone))
     part = normal(2, 4).requires_grad_()
     whole = models.gathered(part, 7)
     close(whole, F.pad(part, (0, 0, 3, 2)))

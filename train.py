@@ -39,7 +39,6 @@ import models
 import mtpkdot
 from mtpkdot import METHODS, TEACHERS
 
-DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
 VIEWS = ("visual", "privileged")
 STAGES = ("teachers", "align", "student")
 # Under torchrun each process computes its part of a batch, then the loss of all; the first saves.
@@ -56,10 +55,9 @@ OPTIONS = {
         ("out", "", "folder of the run; else runs/DATASET"),
         ("fold", -1, "the only fold to train, from 0; -1 is all"),
         ("seeds", 1, "how many seeds, from --seed on"),
-        ("epochs", 0, "of every network, in place of --updates and --epochs-..."),
         ("student", "", "eval: file of the student"),
         ("predictions", "", "eval: .csv file of its predictions"),
-        ("device", DEVICES, "where networks are"),
+        ("device", ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",), "where it runs"),
         ("workers", min(8, os.cpu_count() or 1), "processes that read raw data"),
     ],
     "data": [
@@ -70,6 +68,7 @@ OPTIONS = {
         ("train-rows", 0, "rows of a fold to train on and choose by; 0 is all"),
         ("clip-stride", 1, "affwild2: a clip for every N-th frame"),
         ("batch-size", 128, "clips of a batch, at most"),
+        ("epochs", 0, "of every network, in place of --updates and --epochs-..."),
         ("updates", 200, "of every network, at the least"),
         ("dim", models.DIM, "size of an embedding, even"),
         ("width", 64, "of the first stage of 18-layer networks"),
@@ -102,9 +101,8 @@ OPTIONS = {
         ("w-centroid", 0.02, "weight of the centroid in it"),
     ],
 }
-# The least values. Where none is named, it is 1 of whole numbers and 0 of others.
-LEAST = dict.fromkeys(["epochs", "workers", "seed", "folds", "train_rows", "updates"], 0)
-LEAST |= {"fold": -1, "batch_size": 2 * PROCESSES, "eps": 1e-9}
+# The least values. Where none is named, it is 0, or of whole numbers 1, or a lower default.
+LEAST = {"batch_size": 4 * PROCESSES, "workers": 0, "eps": 1e-9}
 DEFAULTS = {  # of a --dataset or --preset, where they differ
     "synthetic": {"dim": 128, "width": 4, "updates": 100},
     "features": {"dim": 128, "epochs_backbone": 100},
@@ -142,7 +140,7 @@ def options(argv=None):
     args = parser.parse_args(argv)
 
     for name, value in vars(args).items():
-        least = LEAST.get(name, int(isinstance(value, int)))
+        least = LEAST.get(name, min(1, parser.get_default(name)) if isinstance(value, int) else 0)
         if isinstance(value, (int, float)) and not least <= value < 2**63:
             refuse(f"argument --{name.replace('_', '-')}: {value} is not a number from {least} on")
     if not args.student and (args.stage == "eval" or args.predictions):
@@ -152,9 +150,6 @@ def options(argv=None):
         refuse(f"argument --method: all, or some of {', '.join(METHODS)}, with commas")
     if args.dim % 2 or max(args.dropout, args.dropout_student) >= 1:
         refuse("arguments: --dim must be even, --dropout and --dropout-student below 1")
-    if args.epochs:
-        every = [name for name in vars(args) if name.startswith("epochs_")]
-        vars(args).update(dict.fromkeys(every, args.epochs), updates=0)
     return args
 
 
@@ -176,7 +171,6 @@ def save(run, name, saved):
     if RANK == 0:
         path, file = run.folder / f"{name}.pt", io.BytesIO()
         torch.save({**saved, "origin": origin(run, name)}, file)
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".tmp").write_bytes(file.getbuffer())
         path.with_suffix(".tmp").replace(path)
     if PROCESSES > 1:
@@ -225,11 +219,9 @@ def headline(score):
 def forward(run, network, view, batches):
     """Yield each batch of rows, and the network's outputs: embeddings, predictions (B, ...)."""
     parts = [rows.tensor_split(PROCESSES)[RANK] for rows in batches]
-    read_ahead = datasets.batches(view, parts, run.workers, run.device == "cuda")
-    for rows, x in zip(batches, read_ahead):
+    for rows, x in zip(batches, datasets.batches(view, parts, run.workers)):
         outputs = network(x.to(run.device, non_blocking=True))
-        if PROCESSES > 1:
-            outputs = [models.gathered(part, len(rows)) for part in outputs]
+        outputs = [models.gathered(part, len(rows)) for part in outputs]
         if not all((t.abs() < 1e15).all() for t in outputs):  # so that squares are finite
             refuse("outputs are NaN or too large: lower an --lr-..., with another --out")
         yield rows, outputs
@@ -244,23 +236,23 @@ def predict(run, network, view, rows):
     return [torch.cat([t.cpu() for t in kind]) for kind in zip(*outputs)]
 
 
-def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, scored=None, full=None):
+def fit(run, name, network, rate, epochs, view, loss_of, full=None, score=task_score, scored=None):
     """Train with Adam, at rates that fall to 0, and leave the kept epoch in the file `name`.
 
     loss_of  (rows, label, outputs...) -> dict of scalars, of which "loss" is minimised
+    full     what is saved, where `network` is a part of it
     score    (data, predictions for rows, rows) -> a model's score
     scored   names of the models, where the network holds several; then the last epoch is kept
-    full     what is saved, where `network` is a part of it
     """
     saved = {"history": [], "best": -math.inf, **load(run, name)}
     if "scores" in saved:
         return
 
     # Batches of nearly equal size, two clips at least: similarities in a runt mean nothing.
-    steps = min(math.ceil(len(run.train) / run.batch_size), len(run.train) // (2 * PROCESSES))
-    epochs = max(epochs, math.ceil(run.updates / steps))
-    rates = rate if isinstance(rate, dict) else {"": rate}  # of which "" is the whole
-    groups = [{"params": network.get_submodule(p).parameters(), "lr": rates[p]} for p in rates]
+    steps = math.ceil(len(run.train) / run.batch_size)
+    epochs = run.epochs or max(epochs, math.ceil(run.updates / steps))
+    rates = rate if isinstance(rate, dict) else {network: rate}
+    groups = [{"params": part.parameters(), "lr": rates[part]} for part in rates]
     optimizer = torch.optim.Adam(groups, fused=True)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, epochs * steps)
     full, scored = full or network, scored or [name.partition("_")[2]]
@@ -309,9 +301,11 @@ def fit(run, name, network, rate, epochs, view, loss_of, score=task_score, score
         if RANK == 0:
             print(f"{place}  loss {row['loss']:.4f}  score {now:.4f}", flush=True)
 
-    # Score the kept epoch on the validation rows. Save what is needed to use it.
+    # Score the kept epoch on the validation rows. Save what is needed to use and to show it.
     full.load_state_dict(saved["weights"])
     final = {"weights": saved["weights"], "history": saved["history"], **run.about}
+    z = predict(run, parallel, view, run.shown)[0].view(len(run.shown), len(scored), -1)
+    final["shown"] = {model: mtpkdot.similarity(z[:, i]) for i, model in enumerate(scored)}
     save(run, name, {**final, "scores": scores_of(run.val)})
 
 
@@ -360,13 +354,13 @@ def teachers(run):
     seed_everything(run, "tnet")
     tnet = models.TNet(run.dim).to(run.device)
 
-    def loss_of(rows, label, z_v, hallucinated):
+    def loss_of(rows, label, hallucinated, _):
         return {"loss": mtpkdot.tnet_loss(hallucinated, z[rows, 1].to(run.device))}
 
-    def likeness(data, hallucinated, rows):
+    def score(data, hallucinated, rows):
         return -mtpkdot.tnet_loss(hallucinated, z[rows, 1]).item()
 
-    fit(run, "teachers_tnet", tnet, run.lr_tnet, run.epochs_joint, z[:, 0], loss_of, likeness)
+    fit(run, "teachers_tnet", tnet, run.lr_tnet, run.epochs_joint, z[:, 0], loss_of, score=score)
     return z
 
 
@@ -391,60 +385,46 @@ def align(run, z):
 
     # The distance of the embeddings, and the task of all three teachers.
     def loss_of(rows, label, embeddings, predictions):
-        z_j, a_v, a_p = embeddings.unbind(1)
-        distance = mtpkdot.alignment_loss(a_v, a_p, z_j)
-        tasks = [mtpkdot.task_loss(said, label) for said in predictions.unbind(1)]
-        return {"loss": mtpkdot.align_stage_loss(distance, *tasks), "align": distance}
+        return mtpkdot.align_loss(label, embeddings, predictions)
 
     # All three start good. Scores would choose an epoch before their embeddings are alike, so the
-    # last is kept.
+    # last is kept. The rate of the joint teacher is the released code's.
     names = ["joint_aligned", *TEACHERS[1:]]
-    rates = {"joint": 1e-4, "adapters": run.lr_adapter, "heads": run.lr_adapter}  # released code
+    rates = {network.joint: 1e-4, network.adapters: run.lr_adapter, network.heads: run.lr_adapter}
     fit(run, "align", network, rates, run.epochs_align, z, loss_of, scored=names)
 
 
 def student(run, method, z):
     """Stage 3. A student on visual input learns the task, and what its loss takes from a teacher.
     All but `visual` start from the same weights, all see the same batches. z: all embeddings."""
-    aligned, candidates, terms = METHODS[method]
-    teacher_net = all_teachers(run, aligned).eval()
-    columns = [TEACHERS.index(teacher) for teacher in candidates]
-    weights = {term: getattr(run, w) if isinstance(w, str) else w for term, w in terms.items()}
-    transport = {"k": run.k, "which": run.anchors, "shift": run.shift == "min", "eps": run.eps}
-    transport["debias"] = run.ot == "debiased"
+    teacher_net = all_teachers(run, aligned=METHODS[method][0]).eval()
+    how = {"k": run.k, "which": run.anchors, "shift": run.shift == "min", "eps": run.eps}
+    how.update(debias=run.ot == "debiased", given=vars(run))
 
     # The student: the visual backbone of stage 1, T-Net, and a fusion of its own.
     seed_everything(run, "student")
     baseline = single(run, "visual", trained=True, dropout=run.dropout_student)
     tnet, view = models.TNet(run.dim), run.data.visual
-    tnet.load_state_dict(load(run, "teachers_tnet")["weights"])
+    tnet.requires_grad_(False).load_state_dict(load(run, "teachers_tnet")["weights"])
     fusion = models.Fusion(run.dim, len(run.data.names), run.dropout_student)
-    full = network = models.Student(baseline.encoder, tnet.composed(), fusion).to(run.device)
+    full = network = models.Student(baseline.encoder, tnet, fusion).to(run.device)
     if method == "visual":  # whose z_s is z_v
         full = network = baseline
     if run.student_backbone == "frozen":  # the same network, on embeddings instead of clips
-        view = z[:, 0]
-        _, *others = full.children()
-        network = type(full)(nn.Identity(), *others)
+        view, network = z[:, 0], models.on_embeddings(full)
 
-    # Its loss on a batch: pick the teacher, then add up the terms.
+    # Its loss on a batch: of all teachers the best is picked, then the terms are added up.
     def loss_of(rows, label, z_s, prediction):
         with torch.no_grad():
-            z_teachers, said = (t[:, columns] for t in teacher_net(z[rows].to(run.device)))
-        losses = torch.stack([mtpkdot.task_loss(one, label) for one in said.unbind(1)])
-        chosen = mtpkdot.choose_teacher(losses)
-        teacher = {"z_t": z_teachers[:, chosen], "prediction_t": said[:, chosen]}
-        terms = mtpkdot.student_loss(weights, prediction, label, z_s, **teacher, **transport)
-        return {**terms, **{name: chosen == i for i, name in enumerate(candidates)}}
+            teachers = teacher_net(z[rows].to(run.device))
+        return mtpkdot.student_loss(method, label, z_s, prediction, *teachers, **how)
 
-    name, epochs = f"student_{method}", run.epochs_student
-    fit(run, name, network, run.lr_student, epochs, view, loss_of, full=full)
+    fit(run, f"student_{method}", network, run.lr_student, run.epochs_student, view, loss_of, full)
 
 
 def evaluate(args):
     """Score a saved student on visual input, or write what it predicts."""
     network, saved = read(args.student, lambda saved: (models.load_student(saved), saved))
-    names, classes = saved["names"], saved["task"] == "classification"
     data = datasets.load(args, need_privileged=False, need_label=not args.predictions)
     if list(data.visual.shape[1:]) != saved["input_shape"]:
         refuse(f"{args.student} is for {saved['input_shape']}, not {[*data.visual.shape[1:]]}")
@@ -453,20 +433,18 @@ def evaluate(args):
     print(f"{args.student}: {len(rows)} {'validation rows' if own else 'rows'}")
     prediction = predict(args, network.to(args.device), data.visual, rows)[1]
 
-    # A line a clip: of classes the best and all probabilities, or the values.
+    # A line a clip: of classes the probabilities, or the values.
     if args.predictions:
         name_of = str if torch.is_tensor(data.visual) else data.visual.name
-        header = ["prediction", *(f"p_{name}" for name in names)] if classes else names
-        numbers = prediction.softmax(1) if classes else prediction
+        numbers = prediction.softmax(1) if saved["task"] == "classification" else prediction
         with open(os.devnull if RANK else args.predictions, "w", errors="surrogateescape") as file:
             lines = csv.writer(file, lineterminator="\n")
-            lines.writerow(["name", *header])
-            for row, values in zip(rows.tolist(), numbers.tolist()):
-                best = [names[np.argmax(values)]] if classes else []
-                lines.writerow([name_of(row), *best, *values])
+            lines.writerow(["name", *saved["names"]])
+            clips = zip(rows.tolist(), numbers.tolist())
+            lines.writerows([name_of(row), *values] for row, values in clips)
     else:
-        if (data.task, data.names) != (saved["task"], names):
-            refuse(f"{args.student} predicts {names}, not {data.names}")
+        if (data.task, data.names) != (saved["task"], saved["names"]):
+            refuse(f"{args.student} predicts {saved['names']}, not {data.names}")
         print(f"Score: {cell(task_score(data, prediction, rows))}, {data.task} of {data.names}.")
 
 
@@ -476,19 +454,22 @@ NETWORKS += ["align", *(f"student_{method}" for method in METHODS)]
 
 
 def report(args, data, runs):
-    """Write results.json and history.csv, and print the table, of all that the folder has."""
-    reports, history = [], []
+    """Write results.json and history.csv, print the table and draw, of all that the folder has."""
+    reports, history, epochs, shown = [], [], {}, {}
     for run in runs:
         scores = {"seed": run.seed, "fold": run.number, "students": {}, "teacher_picks": {}}
+        panels = {}
         for name in NETWORKS:
             saved = load(run, name)
             (scores["students"] if "student" in name else scores).update(saved.get("scores", {}))
             history += saved.get("history", [])
+            panels.update(saved.get("shown", {}))
             if name == "student_mtpkdot" and "scores" in saved:
                 picks = {t: float(np.mean([row[t] for row in saved["history"]])) for t in TEACHERS}
                 scores["teacher_picks"] = picks
         if "visual" in scores:
             reports.append(scores)
+        shown = max(shown, panels, key=len)  # of the run that has most
 
     result = summary(args, data, reports)
     (args.out / "results.json").write_text(f"{json.dumps(result, indent=2)}\n")
@@ -498,6 +479,24 @@ def report(args, data, runs):
         lines.writeheader()
         lines.writerows(history)
     show(args, data, result)
+    for row in history:
+        epochs.setdefault(row["model"], []).append((row["epoch"], row["score"]))
+    draw(args.out / "history.png", epochs)
+    draw(args.out / "similarity.png", shown)
+
+
+def draw(path, panels):
+    """Draw panels {title: points (epoch, score), or a matrix S(z)}."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print(f"No {path}: pip install matplotlib")
+    rows = math.ceil(len(panels) / 5)
+    figure = Figure((15, 3 * rows), layout="constrained")
+    for place, (title, x) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(rows, 5, place, title=title)
+        axes.imshow(x, clim=(-1, 1)) if torch.is_tensor(x) else axes.plot(*zip(*x), ".")
+    figure.savefig(path)
 
 
 def merged(reports, statistic):
@@ -542,7 +541,7 @@ def show(args, data, result):
     """Print the scores, and each student's paired differences."""
     means, errors, picks = result["mean"], result["stderr"], result["mean"]["teacher_picks"]
     what = f"{result['metric']} of {'/'.join(map(str, data.names))}"
-    print(f"\n{what} ± standard error; differences in points [95 % interval]")
+    print(f"\n{args.out}: {what} ± standard error; differences in points [95 % interval]")
     for model in means:
         if model not in ("tnet", "students", "teacher_picks"):
             print(f"{model.replace('_', ' '):<30}{cell(means[model], errors[model])}")
@@ -557,13 +556,11 @@ def show(args, data, result):
     if picks:
         shares = (f"{teacher.replace('_', ' ')} {share:.0%}" for teacher, share in picks.items())
         print(f"Teachers that mtpkdot picked: {', '.join(shares)}.")
-    print(f"Saved in {args.out}.")
 
 
 def train_all(args):
     """All stages that are asked for, seed by seed and fold by fold, then the report."""
     args.out = Path(args.out or f"runs/{args.dataset}")
-    args.out.mkdir(parents=True, exist_ok=True)
     data = datasets.load(args, progress=lambda files: tqdm(files, "sound", disable=None))
     about = {"names": data.names, "task": data.task, "input_shape": list(data.visual.shape[1:])}
     about["trained_on"] = datasets.digest(data.visual)
@@ -578,6 +575,8 @@ def train_all(args):
         for number, (train, choose, val) in enumerate(rows):
             run = argparse.Namespace(**{**vars(args), "data": data, "seed": seed}, number=number)
             run.train, run.choose, run.val, run.about = train, choose, val, {**about, "val": val}
+            shown = val[:: math.ceil(len(val) / 128)]  # in similarity.png, by label
+            run.shown = torch.tensor(sorted(shown, key=lambda row: data.label[row].tolist()))
             run.folder = args.out / (f"seed{seed}" if args.seeds > 1 else "") / f"fold{number}"
             for name in reversed(NETWORKS):  # the last stage tells most
                 load(run, name)
@@ -585,6 +584,7 @@ def train_all(args):
 
     for run in runs:
         if args.fold in (-1, run.number):
+            run.folder.mkdir(parents=True, exist_ok=True)
             z = teachers(run)
             if args.stage != "teachers":
                 align(run, z)
