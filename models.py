@@ -9,6 +9,7 @@
     Fusion    both embeddings -> joint embedding and prediction
     Teachers  both embeddings -> the three teachers a student may follow
     Student   visual input -> embedding and prediction: all that is left at test time
+    on_embeddings  a Single or Student without its backbone
     gathered  outputs for a batch that several processes share
     load_student   a trained student, from what train.py saved
 
