@@ -72,7 +72,7 @@ def load(args, need_privileged=True, need_label=True, progress=iter):
     if args.dataset == "synthetic":
         if args.data:
             raise DataError("argument --data: synthetic data has no file; which --dataset is it?")
-        return synthetic(args.seed)
+        return synthetic()
     if args.dataset == "features":
         return features(root, *needs)
     if args.dataset == "affwild2":
@@ -125,13 +125,13 @@ def _refuse_rows(bad, place, what):
         raise DataError(f"{place} row {row} {what}")
 
 
-def synthetic(seed, people=60, clips=24, size=24):
+def synthetic(people=60, clips=24, size=24):
     """A problem like Aff-Wild2, drawn in memory. Source: ours; it says nothing about real faces.
 
     Valence and arousal wander from clip to clip. Faces are (N, 3, 2, size, size) uint8; voices,
     with less noise, (N, 1, size, size) float32.
     """
-    normal = functools.partial(torch.randn, generator=torch.Generator().manual_seed(seed))
+    normal = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
     group, count = np.repeat(np.arange(people), clips), people * clips
     label = (0.3 * normal(people, clips, 2)).cumsum(1).tanh().flatten(0, 1)
     x = torch.linspace(-1, 1, size)
@@ -181,7 +181,7 @@ class Frames(RawView):
         folder = self.files[row].name
         return folder if self.whole else f"{folder}/{self.frames[row][-1]:05d}"
 
-    def drawn(self, seed):
+    def sampled(self, seed):
         """The view for an epoch of training: where a folder is one clip, two neighbours from a
         random place in each of T / 2 equal segments. Source: released code."""
         if not self.whole:

@@ -1,4 +1,4 @@
-"""The networks of MT-PKDOT. Nothing here knows of data sets, losses or files.
+"""The networks of MT-PKDOT. Nothing here knows of data sets or losses.
 
     Encoder   feature vector -> embedding
     ResNet18  one-channel spectrogram -> embedding    torchvision's resnet18, name by name

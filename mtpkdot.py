@@ -108,9 +108,9 @@ def ot_loss(S_t, S_s, k=30, which="most", shift=False, eps=0.01, debias=True, to
     The teacher's anchors are gathered from both matrices (B, B), which gives (B, k) each: number j
     of a row is the similarity to the clip's own j-th anchor. OT of the rows, with uniform weights
     and cost |x - y|^2 / 2, is a scalar. `debias` subtracts half of each self-transport. `shift`
-    first makes each matrix non-negative by its own minimum. Source: the paper states entropic OT;
+    first subtracts from each matrix its own minimum. Source: the paper states entropic OT;
     the released code shifts and debiases. No shift is ours: the minima differ, and that would count
-    as a difference of structure. tol is what a training step needs (ours).
+    as a difference of structure. tol is enough for a training step (ours).
     """
     columns = anchors(S_t, k, which)
     if shift:
@@ -127,7 +127,7 @@ def centroid_loss(S_t, S_s):
 JOINT = TEACHERS[:1]
 STRUCTURE = {"task": 0.8, "ot": "w_ot", "centroid": "w_centroid"}
 METHODS = {
-    # student: (teachers aligned, those to choose among, {term of its loss: weight, or its name})
+    # student: (teachers aligned, those to choose among, {term of its loss: weight, or its option})
     "mtpkdot": (True, TEACHERS, STRUCTURE),
     "mtpkdot-unaligned": (False, TEACHERS, STRUCTURE),  # the single ones as stage 1 left them
     "mtpkdot-no-centroid": (True, TEACHERS, {"task": 0.8, "ot": "w_ot"}),
@@ -140,7 +140,7 @@ METHODS = {
     "rkd": (False, JOINT, {"task": 1, "rkd": 1}),
     "kd": (False, JOINT, {"task": 1, "kd": 1}),
     "task": (False, JOINT, {"task": 1}),  # the student without distillation
-    "visual": (False, JOINT, {"task": 1}),  # the visual network alone, as long in training
+    "visual": (False, JOINT, {"task": 1}),  # the visual network of stage 1, trained further
 }
 
 
@@ -154,8 +154,8 @@ def student_loss(method, label, z_s, prediction, z_teachers, predictions, given,
 
     z_s (B, D) and prediction (B, K) are the student's; z_teachers (B, 3, D) and predictions
     (B, 3, K) all teachers', which get no gradient. `given` holds the weights that METHODS names;
-    `transport` goes to ot_loss. Returns a dict: "loss", each term unweighted, and of each candidate
-    if it is chosen. Source: released code, 0.8 task + 0.2 ot, and 0.2 centroid commented out.
+    `transport` goes to ot_loss. Returns a dict: "loss", each term unweighted, and whether each
+    candidate is chosen. Source: released code, 0.8 task + 0.2 ot, and 0.2 centroid commented out.
     """
     # Choose the teacher.
     _, candidates, weights = METHODS[method]

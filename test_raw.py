@@ -122,7 +122,7 @@ def test_affwild2_clips_are_the_frames_and_labels_they_should_be(tmp_path):
         clip = data.visual[[ends.index(end)]][0]
         assert clip.shape == (3, 8, 112, 112) and clip.dtype == torch.uint8  # 64 x 64 on disk
         assert (shades(clip) - torch.tensor(numbers)).abs().max() < 2
-    assert data.visual.drawn(3)[[5]].equal(data.visual[[5]])  # it takes no frames at random
+    assert data.visual.sampled(3)[[5]].equal(data.visual[[5]])  # it takes no frames at random
     np.testing.assert_allclose(data.privileged.end[:count], np.array(ends) / 40)  # 20 a second
     assert len(read("affwild2", tmp_path, clip_stride=7).label) == -(-count // 7) + -(-33 // 7)
     for folder in ("annotations", "audio"):
@@ -212,11 +212,11 @@ def test_training_takes_neighbours_from_a_random_place_of_each_segment(tmp_path)
     def numbers(view, row=0):
         return (shades(view[[1, row]][1]) / 2).round().long().tolist()
 
-    seen = [numbers(view.drawn(seed)) for seed in range(8)]
+    seen = [numbers(view.sampled(seed)) for seed in range(8)]
     for taken in seen:
         for segment, (first, second) in enumerate(zip(taken[::2], taken[1::2])):
             assert second == first + 1 and 20 * segment <= first <= 20 * segment + 21
     assert len(set(map(tuple, seen))) == 8  # anew every time
-    assert numbers(view.drawn(3)) == seen[3] != numbers(view.drawn(3), 2)  # nor are clips alike
+    assert numbers(view.sampled(3)) == seen[3] != numbers(view.sampled(3), 2)  # nor are clips alike
     assert numbers(view) == [1, 12, 23, 34, 45, 56, 67, 78, 89, 100]  # evenly spread
-    assert set(numbers(view.drawn(1), 1)) <= {1, 2, 3}  # fewer frames than are taken
+    assert set(numbers(view.sampled(1), 1)) <= {1, 2, 3}  # fewer frames than are taken

@@ -188,12 +188,12 @@ def test_pictures_of_every_network(finished, monkeypatch, capsys):
     data, saved = np.load(finished.data), load(finished.out / "fold0/student_mtpkdot.pt")
     rows = sorted(saved["val"].tolist(), key=lambda row: data["label"][row])
     z = models.load_student(saved)(torch.tensor(data["visual"][rows], dtype=torch.float32))[0]
-    np.testing.assert_allclose(saved["shown"]["mtpkdot"], 1 - cdist(z, z, "cosine"), atol=1e-5)
+    np.testing.assert_allclose(saved["shown"]["student mtpkdot"], 1 - cdist(z, z, "cosine"), atol=1e-5)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     train.draw("s.png", saved["shown"])
     assert capsys.readouterr().out == "No s.png: pip install matplotlib\n"
     pytest.importorskip("matplotlib")
-    for name, count in (("history", 18), ("similarity", 19)):
+    for name, count in (("history", 18), ("similarity", 20)):
         picture = pytest.importorskip("PIL.Image").open(finished.out / f"{name}.png")
         panels = np.asarray(picture).reshape(4, 300, 5, 1200)
         assert (np.ptp(panels, axis=(1, 3)) > 0).sum() == count

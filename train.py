@@ -49,7 +49,7 @@ PROCESSES, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK
 OPTIONS = {
     "run": [
         ("preset", ("none", "released"), "defaults of the authors' code"),
-        ("data", "", "its file or folder; else data/DATASET"),
+        ("data", "", "file or folder of data; else data/DATASET"),
         ("stage", ("all", *STAGES, "eval"), "the last stage to make, or eval: to score"),
         ("method", "mtpkdot,task,visual", "students of METHODS, with commas, or all"),
         ("out", "", "folder of the run; else runs/DATASET"),
@@ -81,7 +81,7 @@ OPTIONS = {
         ("lr-backbone", 1e-3, "learning rate"),
         ("lr-joint", 5e-4, "learning rate"),
         ("lr-tnet", 5e-4, "learning rate"),
-        ("dropout", 0.25, "of hidden units of vectors, and of whole embeddings at the fusion"),
+        ("dropout", 0.25, "of hidden units of the vector encoder; of a whole view at the fusion"),
     ],
     "align": [
         ("epochs-align", 40, "at the least"),
@@ -101,7 +101,7 @@ OPTIONS = {
         ("w-centroid", 0.02, "weight of the centroid in it"),
     ],
 }
-# The least values. Where none is named, it is 0, or of whole numbers 1, or a lower default.
+# Least values. Otherwise 0 for floats; for integers 1, or the default where that is lower.
 LEAST = {"batch_size": 4 * PROCESSES, "workers": 0, "eps": 1e-9}
 DEFAULTS = {  # of a --dataset or --preset, where they differ
     "synthetic": {"dim": 128, "width": 4, "updates": 100},
@@ -143,8 +143,8 @@ def options(argv=None):
         least = LEAST.get(name, min(1, parser.get_default(name)) if isinstance(value, int) else 0)
         if isinstance(value, (int, float)) and not least <= value < 2**63:
             refuse(f"argument --{name.replace('_', '-')}: {value} is not a number from {least} on")
-    if not args.student and (args.stage == "eval" or args.predictions):
-        refuse("arguments --stage eval, --predictions: they need a --student")
+    if bool(args.student) != (args.stage == "eval") or args.predictions and not args.student:
+        refuse("arguments: --stage eval goes with a --student, --predictions with both")
     args.method = list(METHODS) if args.method == "all" else args.method.split(",")
     if not set(args.method) <= set(METHODS):
         refuse(f"argument --method: all, or some of {', '.join(METHODS)}, with commas")
@@ -154,9 +154,9 @@ def options(argv=None):
 
 
 # ---- files ----
-# A fold's folder holds a file STAGE_NAME.pt for each network, saved after every epoch. The same
-# command given again loads what is there and makes the rest. A `run` is the arguments and what a
-# seed and a fold add: data, number, folder, rows to train on, to choose by and to score.
+# A fold's folder holds STAGE_NAME.pt (or align.pt) of each network, saved after every epoch. The
+# same command given again loads what is there and makes the rest. A `run` is the arguments and what
+# a seed and a fold add: data, fold number, folder, rows to train on, to choose by, val to score.
 
 
 def origin(run, name):
@@ -187,7 +187,7 @@ def read(path, use=dict):
 
 
 def load(run, name):
-    """What the file of this name holds, or, of none, its origin. Another origin is refused."""
+    """What the file holds, or, if there is none, {origin} alone. Another origin is refused."""
     path, mine = run.folder / f"{name}.pt", origin(run, name)
     saved = read(path) if path.exists() else {"origin": mine}
     theirs = saved.get("origin", {})
@@ -236,13 +236,13 @@ def predict(run, network, view, rows):
     return [torch.cat([t.cpu() for t in kind]) for kind in zip(*outputs)]
 
 
-def fit(run, name, network, rate, epochs, view, loss_of, full=None, score=task_score, scored=None):
+def fit(run, name, network, rate, epochs, view, loss_of, full=None, score=task_score, names=None):
     """Train with Adam, at rates that fall to 0, and leave the kept epoch in the file `name`.
 
     loss_of  (rows, label, outputs...) -> dict of scalars, of which "loss" is minimised
     full     what is saved, where `network` is a part of it
     score    (data, predictions for rows, rows) -> a model's score
-    scored   names of the models, where the network holds several; then the last epoch is kept
+    names   names of the models, where the network holds several; then the last epoch is kept
     """
     saved = {"history": [], "best": -math.inf, **load(run, name)}
     if "scores" in saved:
@@ -255,12 +255,13 @@ def fit(run, name, network, rate, epochs, view, loss_of, full=None, score=task_s
     groups = [{"params": part.parameters(), "lr": rates[part]} for part in rates]
     optimizer = torch.optim.Adam(groups, fused=True)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, epochs * steps)
-    full, scored = full or network, scored or [name.partition("_")[2]]
+    stage, _, model = name.partition("_")
+    full, names = full or network, names or [model]
     parallel = nn.parallel.DistributedDataParallel(network) if PROCESSES > 1 else network
 
     def scores_of(rows):
-        said = predict(run, parallel, view, rows)[1].view(len(rows), len(scored), -1)
-        return {model: score(run.data, said[:, i], rows) for i, model in enumerate(scored)}
+        said = predict(run, parallel, view, rows)[1].view(len(rows), len(names), -1)
+        return {model: score(run.data, said[:, i], rows) for i, model in enumerate(names)}
 
     # Go on where the same command stopped.
     parts = {"network": network, "optimizer": optimizer, "decay": decay}
@@ -272,10 +273,10 @@ def fit(run, name, network, rate, epochs, view, loss_of, full=None, score=task_s
         seed_everything(run, epoch)
         parallel.train()
         order = run.train[torch.randperm(len(run.train))].tensor_split(steps)
-        drawn = view.drawn(torch.randint(2**31, ()).item()) if hasattr(view, "drawn") else view
+        clips = view.sampled(torch.randint(2**31, ()).item()) if hasattr(view, "sampled") else view
         if RANK:
             seed_everything(run, (epoch, RANK))  # dropout of its own
-        batches, means = forward(run, parallel, drawn, order), {}
+        batches, means = forward(run, parallel, clips, order), {}
         for rows, outputs in tqdm(batches, name, steps, leave=False, disable=RANK or None):
             terms = loss_of(rows, run.data.label[rows].to(run.device), *outputs)
             optimizer.zero_grad()
@@ -285,9 +286,9 @@ def fit(run, name, network, rate, epochs, view, loss_of, full=None, score=task_s
             for term, value in terms.items():
                 means[term] = means.get(term, 0) + value.detach() * (len(rows) / len(run.train))
 
-        # Score it on the rows that choose the epoch, and keep the best, of several models the last.
+        # Score it on the rows to choose by. Keep the best epoch, of align's three models the last.
         now = float(np.mean([headline(value) for value in scores_of(run.choose).values()]))
-        if now > saved["best"] or len(scored) > 1:
+        if now > saved["best"] or len(names) > 1:
             weights = {key: t.cpu().clone() for key, t in full.state_dict().items()}
             saved.update(best=now, weights=weights)
 
@@ -304,8 +305,8 @@ def fit(run, name, network, rate, epochs, view, loss_of, full=None, score=task_s
     # Score the kept epoch on the validation rows. Save what is needed to use and to show it.
     full.load_state_dict(saved["weights"])
     final = {"weights": saved["weights"], "history": saved["history"], **run.about}
-    z = predict(run, parallel, view, run.shown)[0].view(len(run.shown), len(scored), -1)
-    final["shown"] = {model: mtpkdot.similarity(z[:, i]) for i, model in enumerate(scored)}
+    z = predict(run, parallel, view, run.shown)[0].view(len(run.shown), len(names), -1)
+    final["shown"] = {f"{stage} {n}": mtpkdot.similarity(z[:, i]) for i, n in enumerate(names)}
     save(run, name, {**final, "scores": scores_of(run.val)})
 
 
@@ -337,13 +338,11 @@ def teachers(run):
         fit(run, f"teachers_{view}", network, run.lr_backbone, run.epochs_backbone, source, task_of)
 
     # Their embeddings of all clips, loaded or made.
-    saved = load(run, "teachers_embeddings")
-    if "z" not in saved:
+    z = load(run, "teachers_embeddings").get("z")
+    if z is None:
         pairs = [(single(run, view, trained=True), getattr(run.data, view)) for view in VIEWS]
-        both = [predict(run, n, source, torch.arange(len(source)))[0] for n, source in pairs]
-        saved = {"z": torch.stack(both, dim=1)}
-        save(run, "teachers_embeddings", saved)
-    z = saved["z"]
+        z = torch.stack([predict(run, n, x, torch.arange(len(x)))[0] for n, x in pairs], dim=1)
+        save(run, "teachers_embeddings", {"z": z})
 
     # The joint teacher: the fusion of both embeddings, which stay as they are.
     seed_everything(run, "joint")
@@ -377,21 +376,21 @@ def all_teachers(run, aligned):
 
 
 def align(run, z):
-    """Stage 2. Adapters pull both single embeddings to the joint one, and the joint one to them."""
+    """Stage 2. The adapted single embeddings and the joint one are pulled together."""
+    # The teachers of stage 1, with adapters that project, where they had none.
     network = all_teachers(run, aligned=False)
     for i, view in enumerate(VIEWS):
         network.adapters[view] = models.Adapter(run.dim).to(run.device)
         network.adapters[view].start(z[run.train, i])
 
-    # The distance of the embeddings, and the task of all three teachers.
     def loss_of(rows, label, embeddings, predictions):
         return mtpkdot.align_loss(label, embeddings, predictions)
 
     # All three start good. Scores would choose an epoch before their embeddings are alike, so the
     # last is kept. The rate of the joint teacher is the released code's.
-    names = ["joint_aligned", *TEACHERS[1:]]
+    names = ["joint_aligned", *TEACHERS[1:]]  # "joint" is stage 1's
     rates = {network.joint: 1e-4, network.adapters: run.lr_adapter, network.heads: run.lr_adapter}
-    fit(run, "align", network, rates, run.epochs_align, z, loss_of, scored=names)
+    fit(run, "align", network, rates, run.epochs_align, z, loss_of, names=names)
 
 
 def student(run, method, z):
@@ -399,9 +398,9 @@ def student(run, method, z):
     All but `visual` start from the same weights, all see the same batches. z: all embeddings."""
     teacher_net = all_teachers(run, aligned=METHODS[method][0]).eval()
     how = {"k": run.k, "which": run.anchors, "shift": run.shift == "min", "eps": run.eps}
-    how.update(debias=run.ot == "debiased", given=vars(run))
+    how.update(debias=run.ot == "debiased", given=vars(run))  # of which w_ot, w_centroid
 
-    # The student: the visual backbone of stage 1, T-Net, and a fusion of its own.
+    # The student: the visual backbone of stage 1, T-Net, frozen, and a fusion of its own.
     seed_everything(run, "student")
     baseline = single(run, "visual", trained=True, dropout=run.dropout_student)
     tnet, view = models.TNet(run.dim), run.data.visual
@@ -413,7 +412,7 @@ def student(run, method, z):
     if run.student_backbone == "frozen":  # the same network, on embeddings instead of clips
         view, network = z[:, 0], models.on_embeddings(full)
 
-    # Its loss on a batch: of all teachers the best is picked, then the terms are added up.
+    # Its loss on a batch: the best candidate is picked, then the terms are added up.
     def loss_of(rows, label, z_s, prediction):
         with torch.no_grad():
             teachers = teacher_net(z[rows].to(run.device))
