@@ -1,7 +1,5 @@
 """The networks against torch's functions, by torchvision's names."""
 
-from argparse import Namespace
-
 import numpy as np
 import pytest
 import torch
@@ -164,14 +162,3 @@ def test_shapes_and_counts_are_published_and_such_files_load(build, options, ste
         for name, t in net.state_dict().items():
             want = own[name] if name.startswith("fc.") else file.get(name, own[name])
             assert t.equal(want.sum(1, keepdim=True) if want.shape[1:] == (3, 7, 7) else want)
-
-
-def test_gathered_gives_ones_own_part_the_whole_gradient(monkeypatch):
-    """Of the second of three; DistributedDataParallel takes the mean of their gradients."""
-    alone = {"get_rank": lambda: 1, "get_world_size": lambda: 3, "all_reduce": lambda whole: None}
-    monkeypatch.setattr(models, "distributed", Namespace(is_initialized=lambda: True, **alone))
-    part = normal(2, 4).requires_grad_()
-    whole = models.gathered(part, 7)
-    close(whole, F.pad(part, (0, 0, 3, 2)))
-    whole.square().sum().backward()
-    close(part.grad, 6 * part.detach())

@@ -113,7 +113,7 @@ def relational(z_s, z_t):
 
 
 @pytest.mark.parametrize("method", mtpkdot.METHODS)
-def test_student_loss_of_every_method_and_its_gradients_which_spare_the_teachers(method):
+def test_student_loss_of_every_method_spares_the_teachers(method):
     prediction, label = normal(1, 20, 2).requires_grad_(), normal(2, 20, 2)
     z_s, z_teachers = normal(3, 20, 6).requires_grad_(), normal(4, 20, 3, 6).requires_grad_()
     said = normal(6, 20, 3, 2).requires_grad_()

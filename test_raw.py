@@ -1,6 +1,5 @@
 """Aff-Wild2 and BioVid: small trees of real JPEG, wav and csv files."""
 
-import re
 import shutil
 
 import numpy as np
@@ -88,7 +87,7 @@ def test_log_mel_by_loops():
 
 
 @pytest.mark.parametrize("rate", [44_100, 16_000])
-def test_a_clip_is_the_sound_before_the_moment_as_if_it_were_computed_alone(rate, tmp_path):
+def test_a_clip_is_the_sound_before_the_moment(rate, tmp_path):
     noise = np.random.default_rng(0).normal(scale=3000, size=(3 * rate, 2)).astype(np.int16)
     wavfile.write(tmp_path / "a.wav", rate, noise)
     alone = resample_poly(noise.mean(1) / 2**15, 44_100, rate)
@@ -160,11 +159,10 @@ MISTAKES = [  # files or folders; how they are damaged, None to remove them; the
     ("frames/*/*-BL1-000/*.jpg", None, "000: no img_00001.jpg"),
     (SIGNAL, lambda table: table.replace(b"emg_", b""), "needs a column emg_corrugator"),
     (SIGNAL, lambda table: b"\n".join(table.split(b"\n")[:2001]), "2560 finite .*has 2000"),
-    (SIGNAL, lambda table: re.sub(rb"\.\d*", b"e200", table), "csv: needs .*2560 finite"),
 ]
 
 
-@pytest.mark.filterwarnings("error", "ignore:overflow", "ignore:invalid")
+@pytest.mark.filterwarnings("error")
 def test_mistakes_are_named(tmp_path):
     good = tmp_path / "good"
     for part in ("Train_Set", "Validation_Set"):

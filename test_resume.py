@@ -104,7 +104,7 @@ def test_a_folder_of_other_arguments_or_data_is_refused(small, tmp_path):
     assert go(*small.argv, "--data", moved, "--method", "task", folder=tmp_path).code == 0
 
 
-def test_a_full_disk_or_a_damaged_file_is_one_line_and_the_run_goes_on_after(small, tmp_path):
+def test_a_full_disk_or_a_damaged_file_is_one_line(small, tmp_path):
     largest = max(map(len, contents(small.folder, "*.pt").values()))
     for limit in (2000, largest // 3, largest - 1):
         assert "File too large" in one_line(go(*small.argv, folder=tmp_path, limit=limit))

@@ -169,7 +169,7 @@ def test_results_their_statistics_and_the_table(finished):
         assert line.count("[") == (2 - one_less) * name.startswith("student ")
 
 
-def test_history_has_as_many_epochs_of_each_network_and_losses_add_up(finished):
+def test_history_of_each_network_and_losses_that_add_up(finished):
     rows = table(finished.out / "history.csv")
     names, epochs = train.NETWORKS, ("1", "2")
     want = [(str(fold), name, epoch) for fold in range(3) for name in names for epoch in epochs]
@@ -188,7 +188,8 @@ def test_pictures_of_every_network(finished, monkeypatch, capsys):
     data, saved = np.load(finished.data), load(finished.out / "fold0/student_mtpkdot.pt")
     rows = sorted(saved["val"].tolist(), key=lambda row: data["label"][row])
     z = models.load_student(saved)(torch.tensor(data["visual"][rows], dtype=torch.float32))[0]
-    np.testing.assert_allclose(saved["shown"]["student mtpkdot"], 1 - cdist(z, z, "cosine"), atol=1e-5)
+    shown = saved["shown"]["student mtpkdot"]
+    np.testing.assert_allclose(shown, 1 - cdist(z, z, "cosine"), atol=1e-5)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     train.draw("s.png", saved["shown"])
     assert capsys.readouterr().out == "No s.png: pip install matplotlib\n"
@@ -305,6 +306,18 @@ def test_two_processes_of_torchrun_learn_what_one_learns(finished, tmp_path):
     np.testing.assert_allclose(two, one, rtol=1e-3, atol=1e-4)
 
 
+def test_each_method_and_each_option_of_its_loss_counts(finished, tmp_path):
+    rows = [row for row in table(finished.out / "history.csv") if row["fold"] == "2"]
+    losses = [row["loss"] for row in rows if row["epoch"] == "1"]  # of mixed choices of teachers
+    for option in ("--k 2", "--k 2 --anchors least", "--shift min", "--eps 1", "--ot entropic"):
+        out, without = tmp_path / option, shutil.ignore_patterns("student*")
+        shutil.copytree(finished.out / "fold2", out / "fold2", ignore=without)
+        argv = [*finished.argv, "--fold", 2, "--method", "mtpkdot", "--out", out]
+        run(*argv, *option.split())
+        losses.append(table(out / "history.csv")[-2]["loss"])
+    assert len(set(losses)) == len(losses)
+
+
 @pytest.mark.parametrize("kind", ["frozen", "finetune"])
 def test_student_backbone_and_train_rows_and_the_protocol_of_the_paper(kind, finished, tmp_path):
     argv = [*finished.argv, "--out", tmp_path, "--fold", 0, "--method", "task", "--select", "val"]
@@ -312,6 +325,8 @@ def test_student_backbone_and_train_rows_and_the_protocol_of_the_paper(kind, fin
     run(*argv, "--train-rows", 30, "--student-backbone", kind)
     files = [tmp_path / f"fold0/{name}.pt" for name in ("teachers_visual", "student_task")]
     (first, student), saved = (load(file)["weights"] for file in files), load(files[1])
+    tnet = load(tmp_path / "fold0/teachers_tnet.pt")["weights"]
+    assert all(student[f"tnet.{name}"].equal(t) for name, t in tnet.items())
     moved = max((student[k] - first[k]).abs().max().item() for k in first if "layers" in k)
     assert (moved == 0) == (kind == "frozen")
     assert moved < 5e-3  # four updates of a rate of 1e-3 at most
