@@ -49,14 +49,14 @@ PROCESSES, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK
 OPTIONS = {
     "run": [
         ("preset", ("none", "released"), "defaults of the authors' code"),
-        ("data", "", "file or folder of data; else data/DATASET"),
+        ("data", "", "file or folder; else data/DATASET"),
         ("stage", ("all", *STAGES, "eval"), "the last stage to make, or eval: to score"),
         ("method", "mtpkdot,task,visual", "students of METHODS, with commas, or all"),
         ("out", "", "folder of the run; else runs/DATASET"),
         ("fold", -1, "the only fold to train, from 0; -1 is all"),
         ("seeds", 1, "how many seeds, from --seed on"),
         ("student", "", "eval: file of the student"),
-        ("predictions", "", "eval: .csv file of its predictions"),
+        ("predictions", "", "eval: .csv file to write"),
         ("device", ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",), "where it runs"),
         ("workers", min(8, os.cpu_count() or 1), "processes that read raw data"),
     ],
@@ -81,7 +81,7 @@ OPTIONS = {
         ("lr-backbone", 1e-3, "learning rate"),
         ("lr-joint", 5e-4, "learning rate"),
         ("lr-tnet", 5e-4, "learning rate"),
-        ("dropout", 0.25, "of hidden units of the vector encoder; of a whole view at the fusion"),
+        ("dropout", 0.25, "of the vector encoder's hidden units; of a whole view at fusion"),
     ],
     "align": [
         ("epochs-align", 40, "at the least"),
@@ -101,8 +101,8 @@ OPTIONS = {
         ("w-centroid", 0.02, "weight of the centroid in it"),
     ],
 }
-# Least values. Otherwise 0 for floats; for integers 1, or the default where that is lower.
-LEAST = {"batch_size": 4 * PROCESSES, "workers": 0, "eps": 1e-9}
+# Least values. Otherwise 0 for floats; for integers 1, or the default if lower.
+LEAST = {"batch_size": 4 * PROCESSES, "updates": 0, "workers": 0, "eps": 1e-9}
 DEFAULTS = {  # of a --dataset or --preset, where they differ
     "synthetic": {"dim": 128, "width": 4, "updates": 100},
     "features": {"dim": 128, "epochs_backbone": 100},
@@ -377,7 +377,7 @@ def all_teachers(run, aligned):
 
 def align(run, z):
     """Stage 2. The adapted single embeddings and the joint one are pulled together."""
-    # The teachers of stage 1, with adapters that project, where they had none.
+    # The teachers of stage 1, and adapters that start as projections.
     network = all_teachers(run, aligned=False)
     for i, view in enumerate(VIEWS):
         network.adapters[view] = models.Adapter(run.dim).to(run.device)
@@ -432,7 +432,7 @@ def evaluate(args):
     print(f"{args.student}: {len(rows)} {'validation rows' if own else 'rows'}")
     prediction = predict(args, network.to(args.device), data.visual, rows)[1]
 
-    # A line a clip: of classes the probabilities, or the values.
+    # A line a clip: probabilities of classes, or values.
     if args.predictions:
         name_of = str if torch.is_tensor(data.visual) else data.visual.name
         numbers = prediction.softmax(1) if saved["task"] == "classification" else prediction
@@ -453,7 +453,7 @@ NETWORKS += ["align", *(f"student_{method}" for method in METHODS)]
 
 
 def report(args, data, runs):
-    """Write results.json and history.csv, print the table and draw, of all that the folder has."""
+    """Write, print and draw the results of all that the folder has."""
     reports, history, epochs, shown = [], [], {}, {}
     for run in runs:
         scores = {"seed": run.seed, "fold": run.number, "students": {}, "teacher_picks": {}}
@@ -488,8 +488,8 @@ def draw(path, panels):
     """Draw panels {title: points (epoch, score), or a matrix S(z)}."""
     try:
         from matplotlib.figure import Figure
-    except ImportError:
-        return print(f"No {path}: pip install matplotlib")
+    except Exception as error:  # or its settings
+        return print(f"No {path} without matplotlib: {error}")
     rows = math.ceil(len(panels) / 5)
     figure = Figure((15, 3 * rows), layout="constrained")
     for place, (title, x) in enumerate(panels.items(), 1):
@@ -560,6 +560,7 @@ def show(args, data, result):
 def train_all(args):
     """All stages that are asked for, seed by seed and fold by fold, then the report."""
     args.out = Path(args.out or f"runs/{args.dataset}")
+    args.out.mkdir(parents=True, exist_ok=True)
     data = datasets.load(args, progress=lambda files: tqdm(files, "sound", disable=None))
     about = {"names": data.names, "task": data.task, "input_shape": list(data.visual.shape[1:])}
     about["trained_on"] = datasets.digest(data.visual)
