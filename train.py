@@ -242,7 +242,7 @@ def fit(run, name, network, rate, epochs, view, loss_of, full=None, score=task_s
     loss_of  (rows, label, outputs...) -> dict of scalars, of which "loss" is minimised
     full     what is saved, where `network` is a part of it
     score    (data, predictions for rows, rows) -> a model's score
-    names   names of the models, where the network holds several; then the last epoch is kept
+    names    names of the models, where the network holds several
     """
     saved = {"history": [], "best": -math.inf, **load(run, name)}
     if "scores" in saved:
@@ -288,7 +288,7 @@ def fit(run, name, network, rate, epochs, view, loss_of, full=None, score=task_s
 
         # Score it on the rows to choose by. Keep the best epoch, of align's three models the last.
         now = float(np.mean([headline(value) for value in scores_of(run.choose).values()]))
-        if now > saved["best"] or len(names) > 1:
+        if now > saved["best"] or name == "align":
             weights = {key: t.cpu().clone() for key, t in full.state_dict().items()}
             saved.update(best=now, weights=weights)
 
@@ -488,7 +488,7 @@ def draw(path, panels):
     """Draw panels {title: points (epoch, score), or a matrix S(z)}."""
     try:
         from matplotlib.figure import Figure
-    except Exception as error:  # or its settings
+    except Exception as error:  # of its import or settings
         return print(f"No {path} without matplotlib: {error}")
     rows = math.ceil(len(panels) / 5)
     figure = Figure((15, 3 * rows), layout="constrained")
