@@ -94,7 +94,7 @@ def check_partition(parts, n):
         assert train.tolist() == sorted(set(range(n)) - set(val.tolist()))
 
 
-def test_folds_share_nobody_and_a_fifth_of_the_people_is_set_aside(tmp_path):
+def test_folds_share_nobody_and_set_a_fifth_aside(tmp_path):
     group, label = np.arange(120) // 6, np.random.default_rng(0).normal(size=(120, 2))
     data = features(written(tmp_path, n=120, label=label, group=group))
     parts, aside = (folds(data, 4, seed=1, set_aside=wanted) for wanted in (False, True))
@@ -109,7 +109,7 @@ def test_folds_share_nobody_and_a_fifth_of_the_people_is_set_aside(tmp_path):
     refused("fold 20 has .* 0 scored rows: use more data or fewer", folds, data, 21)
 
 
-def test_folds_without_people_are_stratified_and_train_rows_drawn_from_them(tmp_path):
+def test_folds_without_people_and_train_rows(tmp_path):
     label = np.repeat([0, 1, 2], [23, 11, 6])
     data = features(written(tmp_path, label=label))
     parts, drawn = folds(data), folds(data, train_rows=20, set_aside=True)
@@ -122,7 +122,7 @@ def test_folds_without_people_are_stratified_and_train_rows_drawn_from_them(tmp_
     refused("--train-rows: fold 0 has only 32", folds, data, train_rows=33)
 
 
-def test_the_data_sets_own_split_stands_unless_folds_are_asked_for(tmp_path):
+def test_the_data_sets_own_split(tmp_path):
     split = np.array(["train", "val"] * 20)
     data = features(written(tmp_path, split=split, group=np.arange(40) // 5))
     refused("group row 1 is of a person in both parts", folds, data)

@@ -11,7 +11,7 @@ Read from top to bottom:
     align       stage 2: adapters and heads learn with the joint teacher
     student     stage 3: a student of mtpkdot.METHODS
     evaluate    a saved student on new data, from its visual view alone
-    report      results.json, history.csv, the table
+    report      results.json, history.csv, the table, pictures
 
 Views, labels and embeddings of all clips stay on the host. Networks and the batch in hand are on
 the device: `forward` takes a batch there, `predict` brings the outputs back.
@@ -25,6 +25,7 @@ import math
 import os
 import signal
 import sys
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -106,7 +107,7 @@ LEAST = {"batch_size": 4 * PROCESSES, "updates": 0, "workers": 0, "eps": 1e-9}
 DEFAULTS = {  # of a --dataset or --preset, where they differ
     "synthetic": {"dim": 128, "width": 4, "updates": 100},
     "features": {"dim": 128, "epochs_backbone": 100},
-    "released": {  # Source: released code; it leaves stage 1 open: lr_joint is ours
+    "released": {  # Source: released code; lr_joint is ours
         "dim": models.DIM, "updates": 0, "select": "val", "lr_joint": 1e-4, "lr_tnet": 5e-5,
         "dropout": 0.0, "lr_adapter": 5e-3, "epochs_align": 10, "student_backbone": "frozen",
         "lr_student": 5e-4, "dropout_student": 0.0, "anchors": "least", "shift": "min",
@@ -180,6 +181,8 @@ def save(run, name, saved):
 def read(path, use=dict):
     """use(what is in a file of torch.save), on the host. A damaged or foreign file is refused."""
     try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise ValueError("wrong checksum")
         return use(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}, {error}".split())[:200]
@@ -302,7 +305,7 @@ def fit(run, name, network, rate, epochs, view, loss_of, full=None, score=task_s
         if RANK == 0:
             print(f"{place}  loss {row['loss']:.4f}  score {now:.4f}", flush=True)
 
-    # Score the kept epoch on the validation rows. Save what is needed to use and to show it.
+    # Score the kept epoch on the validation rows. Save what is needed to use and show it.
     full.load_state_dict(saved["weights"])
     final = {"weights": saved["weights"], "history": saved["history"], **run.about}
     z = predict(run, parallel, view, run.shown)[0].view(len(run.shown), len(names), -1)
@@ -377,7 +380,7 @@ def all_teachers(run, aligned):
 
 def align(run, z):
     """Stage 2. The adapted single embeddings and the joint one are pulled together."""
-    # The teachers of stage 1, and adapters that start as projections.
+    # Stage 1's teachers, and adapters that start as projections.
     network = all_teachers(run, aligned=False)
     for i, view in enumerate(VIEWS):
         network.adapters[view] = models.Adapter(run.dim).to(run.device)
@@ -387,7 +390,7 @@ def align(run, z):
         return mtpkdot.align_loss(label, embeddings, predictions)
 
     # All three start good. Scores would choose an epoch before their embeddings are alike, so the
-    # last is kept. The rate of the joint teacher is the released code's.
+    # last is kept. The joint teacher's rate is the released code's.
     names = ["joint_aligned", *TEACHERS[1:]]  # "joint" is stage 1's
     rates = {network.joint: 1e-4, network.adapters: run.lr_adapter, network.heads: run.lr_adapter}
     fit(run, "align", network, rates, run.epochs_align, z, loss_of, names=names)
@@ -396,7 +399,7 @@ def align(run, z):
 def student(run, method, z):
     """Stage 3. A student on visual input learns the task, and what its loss takes from a teacher.
     All but `visual` start from the same weights, all see the same batches. z: all embeddings."""
-    teacher_net = all_teachers(run, aligned=METHODS[method][0]).eval()
+    teacher_net = all_teachers(run, aligned=METHODS[method][0]).eval().requires_grad_(False)
     how = {"k": run.k, "which": run.anchors, "shift": run.shift == "min", "eps": run.eps}
     how.update(debias=run.ot == "debiased", given=vars(run))  # of which w_ot, w_centroid
 
@@ -414,8 +417,7 @@ def student(run, method, z):
 
     # Its loss on a batch: the best candidate is picked, then the terms are added up.
     def loss_of(rows, label, z_s, prediction):
-        with torch.no_grad():
-            teachers = teacher_net(z[rows].to(run.device))
+        teachers = teacher_net(z[rows].to(run.device))
         return mtpkdot.student_loss(method, label, z_s, prediction, *teachers, **how)
 
     fit(run, f"student_{method}", network, run.lr_student, run.epochs_student, view, loss_of, full)
@@ -457,18 +459,16 @@ def report(args, data, runs):
     reports, history, epochs, shown = [], [], {}, {}
     for run in runs:
         scores = {"seed": run.seed, "fold": run.number, "students": {}, "teacher_picks": {}}
-        panels = {}
         for name in NETWORKS:
             saved = load(run, name)
             (scores["students"] if "student" in name else scores).update(saved.get("scores", {}))
             history += saved.get("history", [])
-            panels.update(saved.get("shown", {}))
+            shown.update(saved.get("shown", {}))  # of the last run
             if name == "student_mtpkdot" and "scores" in saved:
                 picks = {t: float(np.mean([row[t] for row in saved["history"]])) for t in TEACHERS}
                 scores["teacher_picks"] = picks
         if "visual" in scores:
             reports.append(scores)
-        shown = max(shown, panels, key=len)  # of the run that has most
 
     result = summary(args, data, reports)
     (args.out / "results.json").write_text(f"{json.dumps(result, indent=2)}\n")
@@ -488,7 +488,7 @@ def draw(path, panels):
     """Draw panels {title: points (epoch, score), or a matrix S(z)}."""
     try:
         from matplotlib.figure import Figure
-    except Exception as error:  # of its import or settings
+    except Exception as error:  # import or settings
         return print(f"No {path} without matplotlib: {error}")
     rows = math.ceil(len(panels) / 5)
     figure = Figure((15, 3 * rows), layout="constrained")
