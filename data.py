@@ -398,11 +398,11 @@ def _fold_of(data, person, k, seed):
     return fold_of[person]
 
 
-def batches(view, order, workers):
+def batches(view, order, workers, pin_memory):
     """view[rows] for each batch of rows in `order`; workers read raw views."""
     how = {"generator": torch.Generator()}  # so that torch's own is left alone
     if not torch.is_tensor(view):
-        how.update(num_workers=workers, pin_memory=torch.cuda.is_available())
+        how.update(num_workers=workers, pin_memory=pin_memory)
     return DataLoader(view, batch_size=None, sampler=[rows.tolist() for rows in order], **how)
 
 

@@ -171,8 +171,9 @@ def test_results_their_statistics_and_the_table(finished):
 
 def test_history_of_each_network_and_losses_that_add_up(finished):
     rows = table(finished.out / "history.csv")
-    names, epochs = train.NETWORKS, ("1", "2")
-    want = [(str(fold), name, epoch) for fold in range(3) for name in names for epoch in epochs]
+    names = "teachers_visual teachers_privileged teachers_joint teachers_tnet align".split()
+    names += [f"student_{method}" for method in METHODS]
+    want = [(str(f), name, str(epoch)) for f in range(3) for name in names for epoch in (1, 2)]
     assert [(row["fold"], row["model"], row["epoch"]) for row in rows] == want
     weights = {name: {"task": 1, name: 1} for name in ("mse", "cosine", "rkd", "kd")}
     weights["mtpkdot"] = {"task": 0.8, "ot": 0.2, "centroid": 0.02}
@@ -192,7 +193,7 @@ def test_pictures_of_every_network(finished, monkeypatch, capsys):
     np.testing.assert_allclose(shown, 1 - cdist(z, z, "cosine"), atol=1e-5)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     train.draw("s.png", saved["shown"])
-    assert capsys.readouterr().out .startswith("No s.png without matplotlib")
+    assert capsys.readouterr().out.startswith("No s.png without matplotlib")
     pytest.importorskip("matplotlib")
     for name, count in (("history", 18), ("similarity", 20)):
         picture = pytest.importorskip("PIL.Image").open(finished.out / f"{name}.png")
@@ -306,20 +307,19 @@ def test_two_processes_of_torchrun_learn_what_one_learns(finished, tmp_path):
     np.testing.assert_allclose(two, one, rtol=1e-3, atol=1e-4)
 
 
-def test_each_method_and_each_option_of_its_loss_counts(finished, tmp_path):
+def test_each_method_and_option_of_its_loss_counts(finished, tmp_path):
     rows = [row for row in table(finished.out / "history.csv") if row["fold"] == "2"]
-    losses = [row["loss"] for row in rows if row["epoch"] == "1"]  # of mixed choices of teachers
+    losses = [row["loss"] for row in rows if row["epoch"] == "1"]  # several teachers
     for option in ("--k 2", "--k 2 --anchors least", "--shift min", "--eps 1", "--ot entropic"):
         out, without = tmp_path / option, shutil.ignore_patterns("student*")
         shutil.copytree(finished.out / "fold2", out / "fold2", ignore=without)
-        argv = [*finished.argv, "--fold", 2, "--method", "mtpkdot", "--out", out]
-        run(*argv, *option.split())
+        run(*finished.argv, "--fold", 2, "--method", "mtpkdot", "--out", out, *option.split())
         losses.append(table(out / "history.csv")[-2]["loss"])
     assert len(set(losses)) == len(losses)
 
 
 @pytest.mark.parametrize("kind", ["frozen", "finetune"])
-def test_student_backbone_and_train_rows_and_the_protocol_of_the_paper(kind, finished, tmp_path):
+def test_student_backbone_train_rows_and_the_papers_protocol(kind, finished, tmp_path):
     argv = [*finished.argv, "--out", tmp_path, "--fold", 0, "--method", "task", "--select", "val"]
     assert "--train-rows" in run(*argv, "--train-rows", 65)
     run(*argv, "--train-rows", 30, "--student-backbone", kind)

@@ -222,7 +222,7 @@ def headline(score):
 def forward(run, network, view, batches):
     """Yield each batch of rows, and the network's outputs: embeddings, predictions (B, ...)."""
     parts = [rows.tensor_split(PROCESSES)[RANK] for rows in batches]
-    for rows, x in zip(batches, datasets.batches(view, parts, run.workers)):
+    for rows, x in zip(batches, datasets.batches(view, parts, run.workers, run.device == "cuda")):
         outputs = network(x.to(run.device, non_blocking=True))
         outputs = [models.gathered(part, len(rows)) for part in outputs]
         if not all((t.abs() < 1e15).all() for t in outputs):  # so that squares are finite
@@ -262,9 +262,9 @@ def fit(run, name, network, rate, epochs, view, loss_of, full=None, score=task_s
     full, names = full or network, names or [model]
     parallel = nn.parallel.DistributedDataParallel(network) if PROCESSES > 1 else network
 
-    def scores_of(rows):
-        said = predict(run, parallel, view, rows)[1].view(len(rows), len(names), -1)
-        return {model: score(run.data, said[:, i], rows) for i, model in enumerate(names)}
+    def scored(rows):
+        z, said = (t.view(len(rows), len(names), -1) for t in predict(run, parallel, view, rows))
+        return z, {model: score(run.data, said[:, i], rows) for i, model in enumerate(names)}
 
     # Go on where the same command stopped.
     parts = {"network": network, "optimizer": optimizer, "decay": decay}
@@ -290,7 +290,7 @@ def fit(run, name, network, rate, epochs, view, loss_of, full=None, score=task_s
                 means[term] = means.get(term, 0) + value.detach() * (len(rows) / len(run.train))
 
         # Score it on the rows to choose by. Keep the best epoch, of align's three models the last.
-        now = float(np.mean([headline(value) for value in scores_of(run.choose).values()]))
+        now = float(np.mean([headline(value) for value in scored(run.choose)[1].values()]))
         if now > saved["best"] or name == "align":
             weights = {key: t.cpu().clone() for key, t in full.state_dict().items()}
             saved.update(best=now, weights=weights)
@@ -307,10 +307,10 @@ def fit(run, name, network, rate, epochs, view, loss_of, full=None, score=task_s
 
     # Score the kept epoch on the validation rows. Save what is needed to use and show it.
     full.load_state_dict(saved["weights"])
+    z, scores = scored(run.val)
+    shown = {f"{stage} {n}": mtpkdot.similarity(z[run.shown, i]) for i, n in enumerate(names)}
     final = {"weights": saved["weights"], "history": saved["history"], **run.about}
-    z = predict(run, parallel, view, run.shown)[0].view(len(run.shown), len(names), -1)
-    final["shown"] = {f"{stage} {n}": mtpkdot.similarity(z[:, i]) for i, n in enumerate(names)}
-    save(run, name, {**final, "scores": scores_of(run.val)})
+    save(run, name, {**final, "shown": shown, "scores": scores})
 
 
 def single(run, view, trained=False, dropout=0.0):
@@ -575,8 +575,8 @@ def train_all(args):
         for number, (train, choose, val) in enumerate(rows):
             run = argparse.Namespace(**{**vars(args), "data": data, "seed": seed}, number=number)
             run.train, run.choose, run.val, run.about = train, choose, val, {**about, "val": val}
-            shown = val[:: math.ceil(len(val) / 128)]  # in similarity.png, by label
-            run.shown = torch.tensor(sorted(shown, key=lambda row: data.label[row].tolist()))
+            shown = range(0, len(val), math.ceil(len(val) / 128))  # in similarity.png, by label
+            run.shown = sorted(shown, key=lambda i: data.label[val[i]].tolist())
             run.folder = args.out / (f"seed{seed}" if args.seeds > 1 else "") / f"fold{number}"
             for name in reversed(NETWORKS):  # the last stage tells most
                 load(run, name)
